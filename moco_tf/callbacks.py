@@ -1,0 +1,309 @@
+"""What happens beside the training step: checkpoints, log lines, monitors, and stopping in order."""
+
+import json
+import logging
+import math
+import signal
+import sys
+import time
+
+import tensorflow as tf
+
+from moco_tf.errors import DataError, DivergedError, Preempted
+
+keras = tf.keras
+
+COLLAPSED_STD = 0.1        # feature_std below this: embeddings are all but alike
+INPUT_BOUND_SHARE = 0.25   # of the time spent waiting for data
+
+
+class Checkpoints:
+    """The run's state in `folder`: the newest `keep` saves, of which the newest readable one is restored.
+
+    Args:
+        method: a compiled, built Method.
+        folder: may be gs://.
+    """
+
+    def __init__(self, method, folder, keep=2):
+        self.folder = folder
+        self.checkpoint = tf.train.Checkpoint(method=method, optimizer=method.optimizer)
+        self.manager = tf.train.CheckpointManager(self.checkpoint, folder, max_to_keep=keep, checkpoint_name="step")
+
+    def restore(self):
+        """Returns the step restored, or 0 when there is nothing to restore.
+
+        Raises:
+            DataError: there are checkpoints, and none of them can be read.
+        """
+        # By what lies there and not by the manager's list, which a killed run may have left behind the files.
+        found = sorted((path[:-len(".index")] for path in tf.io.gfile.glob(f"{self.folder}/step-*.index")),
+                       key=_step_of, reverse=True)
+        for path in found:
+            try:
+                self.checkpoint.restore(path).assert_existing_objects_matched()
+                return _step_of(path)
+            except (tf.errors.OpError, ValueError, AssertionError) as error:
+                logging.warning("checkpoint %s cannot be read, trying the one before: %s", path, _first_line(error))
+        if found:
+            raise DataError(f"At least one checkpoint must be readable to resume. Tried {', '.join(found)}. "
+                            "Start again with another workdir.")
+        return 0
+
+    def save(self, step):
+        """Raises DataError when it cannot be written; what was saved before is then still there."""
+        before = list(self.manager.checkpoints)
+        try:
+            return self.manager.save(checkpoint_number=step)
+        except (tf.errors.OpError, OSError) as error:
+            self._remove_remains(f"step-{step}")
+            raise DataError(f"A checkpoint must be written to {self.folder}. Received: {_first_line(error)}. "
+                            f"The last good one is {before[-1] if before else 'none'}; make room and start again, "
+                            "the same command resumes.") from None
+
+    def latest(self):
+        return self.manager.latest_checkpoint
+
+    def _remove_remains(self, name):
+        for remains in tf.io.gfile.glob(f"{self.folder}/{name}.*") + tf.io.gfile.glob(f"{self.folder}/{name}_temp*"):
+            try:
+                tf.io.gfile.rmtree(remains) if tf.io.gfile.isdir(remains) else tf.io.gfile.remove(remains)
+            except tf.errors.OpError:
+                pass    # what cannot be removed does no harm: no list of checkpoints names it
+
+
+def _step_of(path):
+    return int(path.rsplit("-", 1)[1])
+
+
+def _first_line(error):
+    return str(getattr(error, "message", error)).strip().split("\n")[0].rstrip(".")
+
+
+class StepCallback(keras.callbacks.Callback):
+    """Calls `on_step(step, logs)` with the run's global step, counted from 1; `crossed` tells when n steps are over."""
+
+    _supports_tf_logs = True    # logs stay tensors: only a step that is looked at waits for its values
+
+    def __init__(self, first_step):
+        super().__init__()
+        self.step = self.previous = first_step
+        self._first_step = first_step
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.previous, self.step = self.step, self._first_step + batch + 1
+        self.on_step(self.step, logs)
+
+    def crossed(self, every):
+        return every > 0 and self.step // every > self.previous // every
+
+
+class Log(StepCallback):
+    """Every n steps one line of metrics.jsonl, one on the screen and TensorBoard's scalars; says what looks wrong.
+
+    Args:
+        first_step, total_steps, steps_per_epoch: where the run stands.
+        batch_size: global.
+        every: steps between the lines.
+        path: of metrics.jsonl; lines of steps after `first_step`, of a run that was killed, are taken out.
+        writer: of tf.summary, or None.
+        clock: the pipeline's BatchClock.
+        chance: the loss of guessing, ln(K + 1).
+    """
+
+    def __init__(self, first_step, total_steps, steps_per_epoch, batch_size, every, path, writer, clock, chance,
+                 schedule):
+        super().__init__(first_step)
+        self.total_steps, self.steps_per_epoch, self.batch_size = total_steps, steps_per_epoch, batch_size
+        self.every, self.path, self.writer, self.clock = every, path, writer, clock
+        self.chance, self.schedule = chance, schedule
+        self.warned, self.busy_seconds, self.trained_steps = set(), 0.0, 0
+        self.window_began, self.window_start, self.begins = None, first_step, []
+        self.line = ProgressLine()
+        keep_lines(path, lambda line: line["step"] <= first_step)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        now = time.time()
+        if self.window_began is None:
+            self.window_began, self.window_start = now, self._first_step + batch
+        self.begins.append((self._first_step + batch, now))
+
+    def on_step(self, step, logs):
+        last = step == self.total_steps
+        if not (self.crossed(self.every) or last):
+            return
+        values = {name: float(value) for name, value in logs.items()}
+        now = time.time()
+        seconds = now - self.window_began
+        ready = self.clock.times.numpy()
+        waited = sum(max(0.0, ready[s % len(ready)] - began) for s, began in self.begins[-len(ready):])
+        rate = (step - self.window_start) * self.batch_size / seconds
+        record = {"step": step, "epoch": (step - 1) // self.steps_per_epoch, **values,
+                  "learning_rate": float(self.schedule(step - 1)),
+                  "images_per_s": round(rate, 2), "data_wait": round(min(1.0, waited / seconds), 4)}
+        append_line(self.path, record)
+        if self.writer:
+            with self.writer.as_default(step=step):
+                for name, value in record.items():
+                    if name != "step":
+                        tf.summary.scalar(name, value)
+        self.busy_seconds += seconds
+        self.trained_steps += step - self.window_start
+        self._show(record, last)
+        self._warn(record)
+        self.window_began, self.begins = None, []
+
+    def pause(self):
+        """Time from now to the next step is not training's: a monitor or a save runs."""
+        if self.window_began is not None:
+            now = time.time()
+            self.busy_seconds += now - self.window_began
+            self.trained_steps += self.step - self.window_start
+            self.window_began, self.begins = None, []
+
+    def images_per_s(self):
+        return self.trained_steps * self.batch_size / self.busy_seconds if self.busy_seconds else 0.0
+
+    def _show(self, record, last):
+        rate = self.images_per_s()
+        left = (self.total_steps - record["step"]) * self.batch_size / rate if rate else math.inf
+        self.line.show(
+            f"epoch {record['epoch'] + 1} step {record['step']}/{self.total_steps}  loss {record['loss']:.3f} "
+            f"(chance {self.chance:.2f})  accuracy {record.get('accuracy', 0):.1%}  std {record.get('feature_std', 0):.2f}"
+            f"  lr {record['learning_rate']:.3g}  {record['images_per_s']:.0f} images/s  "
+            f"waiting for data {record['data_wait']:.0%}  ETA {clock_time(left)}", force=last)
+
+    def _warn(self, record):
+        said = {
+            "collapse": record.get("feature_std", 1.0) < COLLAPSED_STD and
+            "the embeddings are nearly alike (collapse): lower the learning rate, or raise the momentum or the queue.",
+            "input": record["step"] > 2 * self.every and record["data_wait"] > INPUT_BOUND_SHARE and
+            f"{record['data_wait']:.0%} of the time goes into waiting for data: the input pipeline is the limit "
+            "(more cores, smaller images, or packed records: `moco-tf data pack`).",
+            "bad": record["bad_steps"] > 0 and
+            f"{record['bad_steps']:.0f} step(s) had a non-finite loss or gradient and were skipped.",
+        }
+        for name, sentence in said.items():
+            if sentence and name not in self.warned:
+                self.warned.add(name)
+                self.line.above(f"note: {sentence}")
+
+
+class ProgressLine:
+    """One line that is written over on a terminal; elsewhere a line every ten seconds."""
+
+    def __init__(self, seconds=10.0):
+        self.terminal, self.seconds, self.shown_at = sys.stdout.isatty(), seconds, -math.inf
+        self.width = 0
+
+    def show(self, text, force=False):
+        now = time.time()
+        if self.terminal:
+            print("\r" + text.ljust(self.width), end="\n" if force else "", flush=True)
+            self.width = 0 if force else len(text)
+        elif force or now - self.shown_at >= self.seconds:
+            print(text, flush=True)
+            self.shown_at = now
+
+    def above(self, text):
+        """A line of its own."""
+        print(("\n" if self.terminal and self.width else "") + text, flush=True)
+        self.width = 0
+
+
+class StopWhenDiverged(StepCallback):
+    """Ends the run after `limit` non-finite steps in a row. They were skipped, so that every checkpoint is good."""
+
+    def __init__(self, first_step, limit, checkpoints):
+        super().__init__(first_step)
+        self.limit, self.checkpoints = limit, checkpoints
+
+    def on_step(self, step, logs):
+        if self.crossed(min(self.limit, 10)) and (bad := int(logs["bad_in_row"])) >= self.limit:
+            raise DivergedError(
+                f"Loss and gradients must be finite. Received: {bad} non-finite steps in a row, up to step {step} "
+                f"(all skipped). The last good checkpoint is {self.checkpoints.latest() or 'none'}. "
+                "Lower optimizer.lr_per_256, set optimizer.clip_norm, or use precision=bfloat16 or float32.")
+
+
+class Every(StepCallback):
+    """Calls `action(step)` every n steps, off the training clock."""
+
+    def __init__(self, first_step, steps, action, log):
+        super().__init__(first_step)
+        self.steps, self.action, self.log = steps, action, log
+
+    def on_step(self, step, logs):
+        if self.crossed(self.steps):
+            self.log.pause()
+            self.action(step)
+
+
+class StopOnSignal(StepCallback):
+    """SIGTERM or Ctrl-C: the step in flight ends, the run is saved, and `Preempted` ends the command with code 75."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, first_step, checkpoints):
+        super().__init__(first_step)
+        self.checkpoints, self.received = checkpoints, None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, _):
+        self.received = number
+
+    def on_step(self, step, logs):
+        if self.received:
+            self.save_and_stop(step)
+
+    def save_and_stop(self, step):
+        self.checkpoints.save(step)
+        raise Preempted(f"stopped by {signal.Signals(self.received).name} and saved at step {step}; "
+                        "the same command goes on from there.")
+
+
+def append_line(path, record):
+    with tf.io.gfile.GFile(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_lines(path):
+    """The records of a .jsonl file; a last line that a kill cut off is left out."""
+    if not tf.io.gfile.exists(path):
+        return []
+    records = []
+    with tf.io.gfile.GFile(path) as file:
+        for line in file.read().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                logging.warning("%s: a broken line was left out", path)
+    return records
+
+
+def keep_lines(path, keep):
+    """Takes the records out for which `keep` is False."""
+    if tf.io.gfile.exists(path):
+        write_file(path, "".join(json.dumps(record) + "\n" for record in read_lines(path) if keep(record)))
+
+
+def write_file(path, text):
+    """Whole or not at all: under another name first, then renamed."""
+    with tf.io.gfile.GFile(f"{path}.partial", "w") as file:
+        file.write(text)
+    tf.io.gfile.rename(f"{path}.partial", path, overwrite=True)
+
+
+def clock_time(seconds):
+    """Seconds as h:mm:ss."""
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,246 @@
+"""moco-tf: a sub-command parses its flags and calls one library function. Help and parsing do not import TensorFlow."""
+
+import difflib
+import logging
+import os
+import sys
+
+from absl import flags
+
+from moco_tf import config as configs
+from moco_tf.errors import DataError, MocoError, UsageError
+
+
+def pretrain(argv):
+    """Pre-trains an encoder; a workdir that holds the same run is resumed.
+
+    moco-tf pretrain --config=quickstart --workdir=runs/quickstart [--config.batch_size=256 ...]
+    """
+    values = _flags()
+    flags.DEFINE_string("workdir", None, "Folder, local or gs://, for everything of the run.", flag_values=values)
+    _strategy_flags(values)
+    config, _ = _parse(argv, values, config=True, required=("workdir",))
+    print_onednn()
+    from moco_tf.distribute import make_strategy
+    from moco_tf.train import pretrain as run
+    strategy, reason = make_strategy(values.strategy, values.cpu_replicas)
+    results = run(config, values.workdir, strategy, reason)
+    for name, title in (("knn_top1", "kNN accuracy"), ("view_retrieval", "view retrieval")):
+        if results[f"{name}_final"] is not None:
+            print(f"{title}: {results[f'{name}_initial']:.2%} before training, {results[f'{name}_final']:.2%} after")
+    print(f"{results['steps']} steps in {results['seconds']:.0f} s; everything is in {values.workdir}")
+
+
+def knn(argv):
+    """Accuracy of the nearest neighbours' vote on held-out images, for a pre-trained encoder.
+
+    moco-tf knn --workdir=runs/quickstart [--k=20,200] [--config.data.path=/other/images]
+    """
+    values = _flags()
+    flags.DEFINE_string("workdir", None, "Folder of a run.", flag_values=values)
+    flags.DEFINE_list("k", ["20", "200"], "Neighbours that vote, one or more.", flag_values=values)
+    flags.DEFINE_list("temperature", ["0.07", "0.1"], "Of the votes, one or more.", flag_values=values)
+    flags.DEFINE_enum("features", "backbone", ["backbone", "embedding"], "Rows to compare.", flag_values=values)
+    config, _ = _parse(argv, values, config=True, required=("workdir",))
+    ks, temperatures = _numbers(values.k, int, "--k"), _numbers(values.temperature, float, "--temperature")
+    print_onednn()
+    from moco_tf.evaluation.report import knn_report
+    for row in knn_report(config, values.workdir, ks, temperatures, values.features):
+        print(f"k {row['k']:4d}  temperature {row['temperature']:<5g}  top-1 {row['top1']:.2%}  top-5 {row['top5']:.2%}")
+
+
+def data(argv):
+    """Looks at images, or packs them into TFRecord shards.
+
+    moco-tf data check PATH [--split=train]
+    moco-tf data pack PATH OUT [--split=train] [--shards=N] [--overwrite]
+    """
+    values = _flags()
+    flags.DEFINE_string("split", "train", "Sub-folder of PATH, where it has such.", flag_values=values)
+    flags.DEFINE_integer("shards", 0, "pack: number of files; 0: files of about 128 MB.", flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "pack: replace a finished pack.", flag_values=values)
+    _, rest = _parse(argv, values)
+    wanted = {"check": 2, "pack": 3}
+    if not rest or rest[0] not in wanted or len(rest) != wanted[rest[0]]:
+        raise UsageError(f"data takes `check PATH` or `pack PATH OUT`. Received: {' '.join(rest) or 'nothing'}.")
+    from moco_tf.data import tools
+    if rest[0] == "check":
+        report = tools.check(rest[1], split=values.split)
+        print(tools.format_report(report))
+        if report.unreadable:
+            raise DataError(f"Every image should be readable. Found {len(report.unreadable)} that are not (listed above); "
+                            "training skips them up to data.max_unreadable.")
+    else:
+        print(tools.format_packed(tools.pack(rest[1], rest[2], values.split, shards=values.shards or None,
+                                             overwrite=values.overwrite)))
+
+
+def recipes(argv):
+    """Lists the recipes, or shows one.
+
+    moco-tf recipes [NAME]
+    """
+    _, rest = _parse(argv, _flags())
+    known = configs.recipes()
+    for name in rest:
+        if name not in known:
+            configs.load(name)    # says what is near
+        print(f"{configs.describe(known[name])}\n\nFile: {known[name]}\n")
+        print(configs.to_json(configs.load(name)), end="")
+    if not rest:
+        width = max(map(len, known))
+        for name, path in known.items():
+            print(f"{name:{width}}  {configs.describe(path).splitlines()[0]}")
+
+
+def doctor(argv):
+    """Shows versions, devices and the strategy that would be chosen, compiles two steps, and says how to mend what fails.
+
+    moco-tf doctor
+    """
+    values = _flags()
+    _strategy_flags(values)
+    _parse(argv, values)
+    from moco_tf.doctor import examine
+    examine(values.strategy, values.cpu_replicas)
+
+
+COMMANDS = {"pretrain": pretrain, "knn": knn, "data": data, "recipes": recipes, "doctor": doctor}
+
+
+def main(argv=None):
+    """Runs a sub-command; returns the exit code: 0 done, 2 usage or config, 3 data, 4 diverged, 75 preempted and saved."""
+    argv = sys.argv[1:] if argv is None else argv
+    # oneDNN's convolutions are up to four times faster, and off by default on processors without VNNI.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    if not argv or argv[0] in ("help", "-h", "--help", "-help"):
+        print(_overview())
+        return 0 if argv else 2
+    try:
+        if argv[0] not in COMMANDS:
+            near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+            raise UsageError(f"The command must be one of {', '.join(COMMANDS)}. Received: {argv[0]!r}."
+                             + (f" Did you mean {near[0]!r}?" if near else ""))
+        COMMANDS[argv[0]](argv)
+        return 0
+    except _Help as text:
+        print(text)
+        return 0
+    except MocoError as error:
+        print(f"moco-tf: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:    # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+class _Help(Exception):
+    """Text asked for by --help."""
+
+
+def _overview():
+    lines = ["moco-tf: momentum-contrast self-supervised learning in TensorFlow", "", "Commands:"]
+    lines += [f"  {name:10s}{command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "moco-tf COMMAND --help shows a command's flags."])
+
+
+def _flags():
+    values = flags.FlagValues()
+    flags.DEFINE_bool("help", False, "Shows this.", short_name="h", flag_values=values)
+    return values
+
+
+def _strategy_flags(values):
+    flags.DEFINE_enum("strategy", "auto", ["auto", "default", "mirrored"],
+                      "Devices to train on; auto picks by what is there.", flag_values=values)
+    flags.DEFINE_integer("cpu_replicas", 0, "Splits the CPU into so many replicas, to try out several devices.",
+                         lower_bound=0, flag_values=values)
+
+
+def _parse(argv, values, config=False, required=()):
+    """Fills `values` from argv; with `config`, --config and --config.key=value make the config.
+
+    Returns:
+        (config or None, positional arguments).
+    """
+    command = COMMANDS[argv[0]]
+    if config:
+        flags.DEFINE_string("config", None, "A recipe's name, a .py file or a config.json; --config.key=value "
+                            "overrides. Left out: that of the workdir.", flag_values=values)
+    plain = [a for a in argv if not a.lstrip("-").startswith("config.")]
+    overrides = [a for a in argv if a.lstrip("-").startswith("config.")]
+    try:
+        rest = values(plain)[1:]
+    except flags.Error as error:
+        raise UsageError(f"{error} (moco-tf {argv[0]} --help lists the flags)") from None
+    if values.help:
+        raise _Help(_command_help(command, values))
+    if overrides and not config:
+        raise UsageError(f"{argv[0]} takes no config. Received: {overrides[0]}.")
+    for name in required:
+        if not values[name].value:
+            raise UsageError(f"{argv[0]} needs --{name}. `moco-tf {argv[0]} --help` shows an example.")
+    if config and rest:
+        raise UsageError(f"{argv[0]} takes flags only. Received besides: {' '.join(rest)}.")
+    return (_config(values, overrides) if config else None), rest
+
+
+def _config(values, overrides):
+    if values.config:
+        config = configs.load(values.config)
+    else:
+        path = f"{values.workdir}/config.json"
+        if "://" in path:
+            from moco_tf.train import read_config
+            config = read_config(values.workdir)
+        elif os.path.isfile(path):
+            config = configs.load(path)
+        else:
+            raise UsageError(f"--config is needed where the workdir holds no run yet. Received: workdir "
+                             f"{values.workdir}. `moco-tf recipes` lists the recipes.")
+    for override in overrides:
+        key = override.lstrip("-").split("=", 1)[0][len("config."):]
+        configs.refuse_unknown(config, key)
+        if "=" not in override:
+            raise UsageError(f"An override is --config.key=value. Received: {override}.")
+    from ml_collections import config_flags
+    parsed = flags.FlagValues()
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=parsed, sys_argv=["moco-tf", *overrides])
+        parsed(["moco-tf", *overrides])
+    except (flags.Error, TypeError, ValueError) as error:
+        raise UsageError(f"{str(error).splitlines()[0]}. The key keeps the type it has in the recipe.") from None
+    return parsed.config
+
+
+def _command_help(command, values):
+    lines = [" ".join(command.__doc__.splitlines()[0].split()), ""]
+    lines += [line.strip() and f"  {line.strip()}" for line in command.__doc__.splitlines()[2:]]
+    lines += ["Flags:"]
+    for name in sorted(values):
+        flag = values[name]
+        if name == flag.name:
+            default = "" if flag.default in (None, False) else f" (default: {flag.default_as_str})"
+            lines.append(f"  --{name}: {flag.help}{default}")
+    return "\n".join(lines)
+
+
+def _numbers(texts, kind, flag):
+    try:
+        numbers = [kind(text) for text in texts]
+        if min(numbers) > 0:
+            return numbers
+    except ValueError:
+        pass
+    raise UsageError(f"{flag} takes positive numbers, separated by commas. Received: {','.join(texts)}.")
+
+
+def print_onednn():
+    state = "on" if os.environ["TF_ENABLE_ONEDNN_OPTS"] == "1" else "off"
+    print(f"oneDNN is {state} (TF_ENABLE_ONEDNN_OPTS); on and off differ in the last bits of results")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Image sources, and the pipeline from them to batches of views."""

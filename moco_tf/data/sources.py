@@ -1,0 +1,552 @@
+"""Where images come from: files → {"image": (H, W, 3) uint8, "label": () int64, "index": () int64}.
+
+A source has `size` (N), `num_classes` (0 without labels), `class_names`, `image_shape` ((H, W, 3), or None when images
+differ), and reads in two steps: `examples` is one epoch in order, cheap to iterate; `decode` turns one of its elements
+into an image, and belongs into a parallel map. `index` is 0..N-1, the same for an image in every run; `label` is -1
+where there is none.
+"""
+
+import difflib
+import json
+import os
+import re
+
+import numpy as np
+import tensorflow as tf
+
+from moco_tf.data.decode import decode_image, to_rgb
+from moco_tf.errors import DataError, UsageError
+
+EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif")    # in any case
+IMAGE_SUFFIXES = frozenset(extension.encode() for extension in EXTENSIONS)
+EVALUATION_SPLITS = ("val", "validation", "test")    # "val" takes the first that exists
+SHUFFLE_BUFFER = 10_000     # examples a stream holds in memory to shuffle them
+INTERLEAVED_SHARDS = 16     # shards a stream reads at a time
+READ_BYTES = 4 << 20        # per shard and read: what object stores like
+SAMPLE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "embedded", "fashion_mnist.npz")
+SAMPLE_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+
+class Source:
+    """What all sources share. A subclass sets the attributes, and defines `examples`, `encoded`, `label`, `describe`."""
+
+    random_access = False
+    num_classes = 0
+    class_names = ()
+    image_shape = None
+
+    def decode(self, example):
+        """One element of `examples` → {"image": (H, W, 3) uint8, "label": () int64, "index": () int64}, in the graph.
+
+        Raises:
+            tf.errors.InvalidArgumentError: for an unreadable image.
+            tf.errors.OpError, another one: for a file that cannot be read at all (gone, no permission).
+        """
+        image = tf.ensure_shape(self.image(example), self.image_shape or (None, None, 3))
+        return {"image": image, "label": self.label(example), "index": self.index_of(example)}
+
+    def image(self, example):
+        return decode_image(self.encoded(example))
+
+    def index_of(self, example):
+        return example["index"]
+
+    def labels(self):
+        """(N,) int64 labels by index where they cost nothing, else None."""
+        return None
+
+
+class RandomAccess(Source):
+    """A source whose elements are just {"index": () int64}: any order and any start cost nothing."""
+
+    random_access = True
+
+    def examples(self, seed=None, epoch=None, start=0):
+        """One epoch, as a tf.data.Dataset of {"index": () int64}.
+
+        Args:
+            seed: int; None for the order of `index`.
+            epoch: () int, may be a tensor. The order is a function of seed and epoch alone.
+            start: () int, may be a tensor; leaves out the first `start` of that order.
+        """
+        positions = tf.data.Dataset.range(tf.cast(start, tf.int64), self.size)
+        if seed is None:
+            return positions.map(lambda position: {"index": position})
+        key = epoch_key(seed, epoch)
+        return positions.map(lambda position: {"index": permuted(position, key, self.size)})
+
+
+class Stream(Source):
+    """A source that is read from its beginning. A subclass defines `stored(key)` and `parse`."""
+
+    def examples(self, seed=None, epoch=None, start=0):
+        """One epoch, as a tf.data.Dataset of {"index": () int64, "encoded": () string, "label": () int64}.
+
+        Args:
+            seed: int; None for the order in which examples are stored: fixed, but not always that of `index`.
+            epoch: () int, may be a tensor. The order is a function of seed and epoch alone: shards in a drawn order,
+                interleaved, then a buffer of SHUFFLE_BUFFER examples.
+            start: () int, may be a tensor; leaves out the first `start` of that order, which are read all the same.
+        """
+        start = tf.cast(start, tf.int64)
+        if seed is None:
+            return self.parsed(self.stored().skip(start))
+
+        def shuffled(key):
+            shard_key, buffer_key = tf.unstack(tf.random.split(key, 2))
+            # Dataset.shuffle mixes the graph's seed with its own, and fails where that is 0. The graph meant here is
+            # that of this function only.
+            tf.random.set_seed(1)
+            examples = self.stored(shard_key).shuffle(
+                min(self.size, SHUFFLE_BUFFER), seed=tf.cast(buffer_key[0], tf.int64), reshuffle_each_iteration=False)
+            return self.parsed(examples.skip(start))
+
+        return tf.data.Dataset.from_tensors(epoch_key(seed, epoch)).flat_map(shuffled)
+
+    def parsed(self, stored):
+        return stored.map(self.parse, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+    def encoded(self, example):
+        return example["encoded"]
+
+    def label(self, example):
+        return example["label"]
+
+
+class Embedded(RandomAccess):
+    """The sample in the package: 10,000 train and 2,000 test images of Fashion-MNIST, 28 x 28, of ten classes."""
+
+    num_classes = len(SAMPLE_CLASSES)
+    class_names = SAMPLE_CLASSES
+    image_shape = (28, 28, 3)
+
+    def __init__(self, path="", split="train", data_dir=""):
+        if path:
+            raise UsageError(
+                f"The embedded sample is part of the package and takes no path. Received: {path!r}. "
+                'For your own images set data.name to "folder", "records" or "tfds".')
+        self.split = self.find_split(path, split)
+        with np.load(SAMPLE) as arrays:
+            self._images = host_tensor(arrays[f"{self.split}_images"])    # grey: a third of the memory
+            self._labels = host_tensor(arrays[f"{self.split}_labels"].astype(np.int64))
+        self.size = len(self._labels)
+
+    @staticmethod
+    def find_split(path, split, data_dir=""):
+        for name in split_names(split):
+            if name in ("train", "test"):
+                return name
+        raise DataError(f"The embedded sample has the splits train and test. Received: {split!r}.")
+
+    def encoded(self, example):
+        return tf.io.encode_png(tf.gather(self._images, example["index"])[..., None])
+
+    def image(self, example):
+        return to_rgb(tf.gather(self._images, example["index"]))
+
+    def label(self, example):
+        return tf.gather(self._labels, example["index"])
+
+    def labels(self):
+        return self._labels.numpy()
+
+    def describe(self, index):
+        return f"embedded {self.split}[{int(index)}]"
+
+
+class Folder(RandomAccess):
+    """Image files below a folder, flat or nested, local or remote; hidden ones and other extensions are left out.
+
+    An image's index is the rank of its relative path. Its label is the rank of its class folder, the first part of that
+    path, when every image lies in one and there are at least two of them; otherwise there are no labels.
+
+    Args:
+        path: a folder, local or of any file system TensorFlow knows (gs://...).
+        split: `path/split` is read where it is a folder, else, for "train", `path` itself.
+        classes: names of class folders; others are left out. () for all.
+
+    Raises:
+        DataError: no such folder or split, no image in it, or no image for one of `classes`.
+    """
+
+    def __init__(self, path="", split="train", data_dir="", classes=()):
+        self.root = self.find_split(path, split)
+        paths = sorted(list_images(self.root))
+        if classes:
+            wanted = {os.fsencode(name) for name in classes}
+            paths = [path for path in paths if b"/" in path and class_folder(path) in wanted]
+            missing = sorted(wanted.difference(map(class_folder, paths)))
+            if missing:
+                raise DataError(
+                    f"Every class asked for must be a folder with images in {self.root}. Without: {len(missing)} of "
+                    f"{len(wanted)}, first {readable(missing[0])!r}.")
+        if not paths:
+            raise DataError(
+                f"The folder must hold images (.{', .'.join(EXTENSIONS)}), in it or in folders below. "
+                f"Received: {self.root}.")
+        self.size = len(paths)
+        self._paths = host_tensor(paths)
+        self._labels = None
+        folders = sorted(set(map(class_folder, paths))) if all(b"/" in path for path in paths) else []
+        if len(folders) > 1 or classes:
+            self.class_names = tuple(map(readable, folders))
+            self.num_classes = len(folders)
+            rank = {folder: label for label, folder in enumerate(folders)}
+            self._labels = host_tensor(np.array([rank[class_folder(path)] for path in paths], np.int64))
+
+    @staticmethod
+    def find_split(path, split, data_dir=""):
+        require_path("folder", path)
+        if not tf.io.gfile.isdir(path):
+            raise DataError(f"The path must be an existing folder of images. Received: {path}.")
+        for name in split_names(split):
+            folder = os.path.join(path, name)
+            if tf.io.gfile.isdir(folder):
+                return folder
+        if split == "train":
+            return path
+        raise DataError(f"The split must be a folder in {path}. Looked for: {', '.join(split_names(split))}.")
+
+    def encoded(self, example):
+        return tf.io.read_file(tf.strings.join([self.root, "/", tf.gather(self._paths, example["index"])]))
+
+    def label(self, example):
+        if self._labels is None:
+            return tf.constant(-1, tf.int64)
+        return tf.gather(self._labels, example["index"])
+
+    def labels(self):
+        return None if self._labels is None else self._labels.numpy()
+
+    def describe(self, index):
+        return os.path.join(self.root, readable(self._paths[int(index)].numpy()))
+
+
+class Records(Stream):
+    """TFRecord shards that `moco-tf data pack` has written, beside a `<split>.json` that says what they hold.
+
+    Raises:
+        DataError: no such folder or split, an unfinished pack, or a shard that is missing.
+    """
+
+    def __init__(self, path="", split="train", data_dir=""):
+        self.path, self.split = path, self.find_split(path, split)
+        facts = read_facts(path, self.split)
+        self.shards = facts["shards"]
+        present = set(tf.io.gfile.listdir(path))
+        missing = [shard["name"] for shard in self.shards if shard["name"] not in present]
+        if missing:
+            raise DataError(
+                f"All {len(self.shards)} shards named in {facts_path(path, self.split)} must be beside it. "
+                f"Missing: {len(missing)}, first {missing[0]}. Copy them again, or pack again with overwrite.")
+        self.size = facts["examples"]
+        self.class_names = tuple(facts["class_names"])
+        self.num_classes = len(self.class_names)
+        self.image_shape = facts["image_shape"] and tuple(facts["image_shape"])
+        self._shard_paths = host_tensor([os.path.join(path, shard["name"]) for shard in self.shards])
+        self._left_out = host_tensor(np.array(facts["left_out"], np.int64))
+
+    @staticmethod
+    def find_split(path, split, data_dir=""):
+        require_path("records", path)
+        if not tf.io.gfile.isdir(path):
+            raise DataError(f"The path must be an existing folder of records. Received: {path}.")
+        for name in split_names(split):
+            if tf.io.gfile.exists(facts_path(path, name)):
+                return name
+        raise DataError(
+            f"{path} holds no finished pack of split {split!r}: its {split}.json, written last, is missing. "
+            "Make it with moco-tf data pack; if that was interrupted, run it again.")
+
+    def stored(self, key=None):
+        shards = tf.data.Dataset.range(len(self.shards))
+        if key is not None:
+            shards = shards.map(lambda shard: permuted(shard, key, len(self.shards)))
+        return shards.interleave(
+            lambda shard: tf.data.TFRecordDataset(tf.gather(self._shard_paths, shard), buffer_size=READ_BYTES),
+            cycle_length=1 if key is None else min(len(self.shards), INTERLEAVED_SHARDS),
+            num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+    def parse(self, serialized):
+        features = tf.io.parse_single_example(serialized, {
+            "image/encoded": tf.io.FixedLenFeature((), tf.string),
+            "image/label": tf.io.FixedLenFeature((), tf.int64, default_value=-1),
+            "index": tf.io.FixedLenFeature((), tf.int64)})
+        index = features["index"]
+        # Records keep the index of what they were packed from; what was left out there must leave no gap here.
+        index -= tf.searchsorted(self._left_out, index[None], out_type=tf.int64)[0]
+        return {"index": index, "encoded": features["image/encoded"], "label": features["image/label"]}
+
+    def describe(self, index):
+        return f"{os.path.join(self.path, self.split)}[{int(index)}]"
+
+
+class Tfds(Stream):
+    """A data set of tensorflow-datasets, already prepared; index is the position in its files.
+
+    The files are read one after the other, in stored order (tensorflow-datasets shuffles when it prepares them), through
+    the shuffle buffer. Packed as records they are read faster and shuffled better.
+
+    Args:
+        path: name as in `tfds.builder`: "fashion_mnist", "imagenet2012:5.1.0".
+        split: a name or tfds's slicing, "train[:90%]".
+        data_dir: tfds's folder; "" for its default.
+        feature: name of the image in an example. The label is "label" where that is a class.
+        download: prepares the data first where they are not.
+
+    Raises:
+        DataError: an unknown name or split, data that are not prepared, or no such image.
+    """
+
+    def __init__(self, path="", split="train", data_dir="", feature="image", download=False):
+        import tensorflow_datasets as tfds    # takes seconds: only for those who use it
+
+        self.path = path
+        builder = tfds_builder(path, data_dir)
+        if download:
+            builder.download_and_prepare()
+        self.split = self.find_split(path, split, data_dir)
+        features = dict(builder.info.features.items())
+        if not isinstance(features.get(feature), tfds.features.Image) or features[feature].np_dtype == np.float32:
+            raise DataError(
+                f"The data set {path} must have an image of integers named {feature!r}. It has: {', '.join(features)}. "
+                "Name the right one by data.feature.")
+        wanted = {feature}
+        if isinstance(features.get("label"), tfds.features.ClassLabel):
+            wanted.add("label")
+            self.num_classes = features["label"].num_classes
+            self.class_names = tuple(features["label"].names)
+        height, width, _ = features[feature].shape
+        self.image_shape = (height, width, 3) if height and width else None
+        try:
+            dataset = builder.as_dataset(
+                split=self.split, shuffle_files=False,
+                decoders=tfds.decode.PartialDecoding(wanted, decoders={feature: tfds.decode.SkipDecoding()}),
+                read_config=tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False))
+        except (AssertionError, ValueError) as error:    # what tfds raises for data not prepared, and for a wrong slice
+            raise DataError(
+                f"The data set {path} with split {split!r} must be prepared in {builder.data_path}. "
+                f"Run tfds build {path}, or set data.download=True. "
+                f"tensorflow-datasets says: {one_line(error)}") from error
+        self.size = int(dataset.cardinality())
+        self._feature = feature
+        self._dataset = dataset.enumerate()
+
+    @staticmethod
+    def find_split(path, split, data_dir=""):
+        present = list(tfds_builder(path, data_dir).info.splits)
+        for name in split_names(split):
+            # Not prepared, it has no splits yet: reading will tell. A slice, such as train[:90%], is tfds's to judge.
+            if name in present or not present or not name.isidentifier():
+                return name
+        raise DataError(f"The split must be one of {path}'s: {', '.join(present)}. Received: {split!r}.")
+
+    def stored(self, key=None):
+        return self._dataset
+
+    def parse(self, index, features):
+        label = tf.cast(features.get("label", -1), tf.int64)
+        return {"index": index, "encoded": features[self._feature], "label": label}
+
+    def describe(self, index):
+        return f"{self.path} {self.split}[{int(index)}]"
+
+
+class Subset(RandomAccess):
+    """Part of a random-access source, as a source: its images get the indices 0..n-1.
+
+    Args:
+        source: a source with random access.
+        keep: (n,) int64 indices of `source`; image i of the subset is `keep[i]` of the source.
+    """
+
+    def __init__(self, source, keep):
+        self.source, self.size = source, len(keep)
+        self.num_classes, self.class_names = source.num_classes, source.class_names
+        self.image_shape = source.image_shape
+        self._keep = host_tensor(np.asarray(keep, np.int64))
+
+    def _of_source(self, example):
+        return {"index": tf.gather(self._keep, example["index"])}
+
+    def encoded(self, example):
+        return self.source.encoded(self._of_source(example))
+
+    def image(self, example):
+        return self.source.image(self._of_source(example))
+
+    def label(self, example):
+        return self.source.label(self._of_source(example))
+
+    def labels(self):
+        labels = self.source.labels()
+        return None if labels is None else labels[self._keep.numpy()]
+
+    def describe(self, index):
+        return self.source.describe(self._keep[int(index)])
+
+
+SOURCES = {"embedded": Embedded, "folder": Folder, "records": Records, "tfds": Tfds}
+
+
+def open_source(name, path="", split="train", data_dir="", **others):
+    """The source of that name; `others` are keywords of its constructor.
+
+    Raises:
+        UsageError: an unknown name.
+        DataError: whatever is wrong with the files.
+    """
+    return constructor(name)(path=path, split=split, data_dir=data_dir, **others)
+
+
+def has_split(name, path="", split="val", data_dir=""):
+    """Whether `open_source` would find that split. Lists no images."""
+    try:
+        constructor(name).find_split(path, split, data_dir)
+    except DataError:
+        return False
+    return True
+
+
+def split_holdout(source, fraction):
+    """Two sources, to train and held out: round(fraction * N) images, at least one, drawn by N and `fraction` alone.
+
+    Raises:
+        UsageError: a source without random access, or a fraction that leaves one of the two empty.
+    """
+    if not source.random_access:
+        raise UsageError(
+            "Images can be held out of a source with random access (embedded, folder) only. "
+            f"Received: {type(source).__name__}. Pack or name a split of its own for evaluation.")
+    held_out = max(1, round(fraction * source.size))
+    if not 0 < fraction < 1 or held_out >= source.size:
+        raise UsageError(
+            "The held-out part must be between 0 and 1, and leave images to train on. "
+            f"Received: fraction {fraction}, {source.size} images.")
+    order = permuted(tf.range(source.size, dtype=tf.int64), epoch_key(0, 0), source.size).numpy()
+    return Subset(source, np.sort(order[held_out:])), Subset(source, np.sort(order[:held_out]))
+
+
+def constructor(name):
+    if name not in SOURCES:
+        near = difflib.get_close_matches(name, SOURCES, n=1)
+        raise UsageError(
+            f"The data source must be one of: {', '.join(SOURCES)}. Received: {name!r}."
+            + (f" Did you mean {near[0]!r}?" if near else ""))
+    return SOURCES[name]
+
+
+def epoch_key(seed, epoch):
+    """(2,) int64, the seed of stateless ops for one epoch; `epoch` may be a tensor."""
+    return tf.random.fold_in(tf.constant([seed, 0], tf.int64), tf.cast(epoch, tf.int64))
+
+
+def permuted(position, key, size):
+    """Where `position` (an int64 tensor, 0..size-1) goes in the permutation of range(size) that `key` draws."""
+    return tf.random.experimental.index_shuffle(position, key, tf.constant(size - 1, tf.int64))
+
+
+def host_tensor(value):
+    """A tensor in host memory: a tf.data function takes it as an input, where a list would be copied into its graph."""
+    with tf.device("CPU:0"):
+        return tf.constant(value)
+
+
+def list_images(root):
+    """Relative paths, bytes with "/" between parts, of all images below `root`, in no particular order.
+
+    Raises:
+        DataError: a folder that cannot be listed.
+    """
+    try:
+        return list_remote_images(root) if "://" in root else list_local_images(root)
+    except (OSError, tf.errors.OpError) as error:
+        raise DataError(f"Every folder below {root} must be readable. {one_line(error)}") from error
+
+
+def list_local_images(root):
+    # In bytes: names need not be valid UTF-8, and a million of them take half the memory.
+    images, folders = [], [b""]
+    while folders:
+        folder = folders.pop()
+        with os.scandir(os.path.join(os.fsencode(root), folder)) as entries:
+            for entry in entries:
+                if entry.name.startswith(b"."):
+                    continue
+                if entry.is_dir():
+                    folders.append(folder + entry.name + b"/")
+                elif is_image_name(entry.name):
+                    images.append(folder + entry.name)
+    return images
+
+
+def list_remote_images(root):
+    # Not gfile.walk, which asks the server about each name: there, what has an image's extension is taken for one.
+    images, folders = [], [""]
+    while folders:
+        folder = folders.pop()
+        for name in tf.io.gfile.listdir(os.path.join(root, folder)):
+            path = folder + name.rstrip("/")
+            if name.startswith("."):
+                continue
+            if is_image_name(os.fsencode(name)):
+                images.append(os.fsencode(path))
+            elif name.endswith("/") or tf.io.gfile.isdir(os.path.join(root, path)):
+                folders.append(path + "/")
+    return images
+
+
+def is_image_name(name):
+    return name.rpartition(b".")[2].lower() in IMAGE_SUFFIXES
+
+
+def class_folder(path):
+    return path.partition(b"/")[0]
+
+
+def readable(name):
+    return name.decode("utf-8", "replace")
+
+
+def one_line(error):
+    return re.sub(r"\s+", " ", str(error)).strip()
+
+
+def split_names(split):
+    """Names to look for, in order."""
+    return EVALUATION_SPLITS if split == "val" else (split,)
+
+
+def require_path(name, path):
+    if not path:
+        raise UsageError(f"The data source {name!r} needs a path. Received none. Set data.path.")
+
+
+def facts_path(path, split):
+    """The file whose existence says that a pack is complete."""
+    return os.path.join(path, f"{split}.json")
+
+
+def read_facts(path, split):
+    """What `pack` has noted: examples, shards (name, examples, bytes), class_names, image_shape, left_out (indices)."""
+    name = facts_path(path, split)
+    try:
+        with tf.io.gfile.GFile(name) as file:
+            facts = json.load(file)
+        return {key: facts[key] for key in ("examples", "shards", "class_names", "image_shape", "left_out")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{name} must be as moco-tf data pack wrote it. Wrong or missing in it: {error}.") from error
+
+
+def tfds_builder(path, data_dir):
+    """tfds.builder, its errors in ours."""
+    import tensorflow_datasets as tfds
+
+    require_path("tfds", path)
+    try:
+        return tfds.builder(path, data_dir=data_dir or None)
+    except tfds.core.DatasetNotFoundError as error:
+        raise DataError(
+            f"tensorflow-datasets must know the name, or have it prepared in data_dir. Received: {path!r}, "
+            f"data_dir {data_dir or 'default'}.") from error

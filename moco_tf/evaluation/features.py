@@ -1,0 +1,49 @@
+"""A split through an encoder, once."""
+
+import numpy as np
+import tensorflow as tf
+
+from moco_tf.losses import at_least_float32, unit
+
+keras = tf.keras
+
+
+def features_and_embeddings(encoder):
+    """A model (B, S, S, 3) -> (features (B, D) after global average pooling, embeddings (B, C)); shares the weights."""
+    return keras.Model(encoder.input, [encoder.get_layer("avgpool").output, encoder.output])
+
+
+class Extractor:
+    """Turns views into unit rows, in inference mode.
+
+    Args:
+        encoder: images -> embeddings, with the pooled features in the layer "avgpool".
+        normalize: uint8 images -> what the encoder takes.
+    """
+
+    def __init__(self, encoder, normalize):
+        model = features_and_embeddings(encoder)
+
+        @tf.function(reduce_retracing=True)
+        def rows(images):
+            features, embeddings = model(normalize(images), training=False)
+            return unit(at_least_float32(features)), unit(embeddings)
+
+        self.rows = rows
+
+    def __call__(self, batches, progress=None):
+        """Reads `evaluation_batches` to the end.
+
+        Returns:
+            ({view: (features (n, D), embeddings (n, C))}, labels (n,), index (n,)), NumPy, unit rows.
+        """
+        parts, labels, indexes = {}, [], []
+        for views, label, index in batches:
+            for name, images in views.items():
+                parts.setdefault(name, []).append([part.numpy() for part in self.rows(images)])
+            labels.append(label.numpy())
+            indexes.append(index.numpy())
+            if progress:
+                progress(len(index))
+        joined = {name: tuple(np.concatenate(column) for column in zip(*rows)) for name, rows in parts.items()}
+        return joined, np.concatenate(labels), np.concatenate(indexes)

@@ -1,0 +1,87 @@
+"""What every method shares: the one training step."""
+
+import tensorflow as tf
+
+from moco_tf.distribute import apply_gradients_if, mean_over_replicas
+
+keras = tf.keras
+
+LOSS_SCALE_GROWTH_STEPS = 2000    # good steps before float16's loss scale doubles (PyTorch's GradScaler)
+
+
+class Method(keras.Model):
+    """Views to loss: encode_keys(views) -> keys; contrastive_loss(views, keys) -> losses, outputs; update_memory.
+
+    A subclass writes these three hooks, each for one replica. Everything outside the encoders is at least float32.
+
+    Args:
+        encoder: the query encoder, images (N, S, S, 3) -> (N, C).
+        normalize: the step's first op, uint8 views -> what the encoder takes; None: views come normalised.
+        clip_norm: > 0 scales gradients down to this global norm.
+        loss_scaling: for float16: multiplies the loss by a factor that halves on overflow and doubles after
+            2,000 good steps; gradients are divided by it.
+    """
+
+    def __init__(self, encoder, normalize=None, clip_norm=0.0, loss_scaling=False, **kwargs):
+        super().__init__(**kwargs)
+        self.encoder = encoder
+        self.normalize = normalize
+        self.clip_norm = clip_norm
+        self.loss_scaling = loss_scaling
+        self.distribute_reduction_method = "first"    # the step returns means over the replicas already
+        state = dict(trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+        self.loss_scale = tf.Variable(2.0 ** 16 if loss_scaling else 1.0, name="loss_scale", **state)
+        self.good_in_row = tf.Variable(0, name="good_steps_in_row", **state)
+        self.bad_in_row = tf.Variable(0, name="bad_steps_in_row", **state)
+        self.bad_steps = tf.Variable(0, name="bad_steps", **state)
+
+    def encode_keys(self, views):
+        """Views -> whatever `contrastive_loss` compares queries with; no gradient flows through it."""
+        raise NotImplementedError(f"{type(self).__name__} must define encode_keys")
+
+    def contrastive_loss(self, views, keys):
+        """Views and keys -> (N,) losses and a dict of "queries" (N, C) and "logits" (N, 1 + K), positive first."""
+        raise NotImplementedError(f"{type(self).__name__} must define contrastive_loss")
+
+    def update_memory(self, keys, outputs, write):
+        """Remembers this step's keys; must leave every variable as it is where `write` is False."""
+
+    def metrics_of(self, keys, outputs):
+        """What is worth following beside the loss: a dict of scalars, of this replica."""
+        raise NotImplementedError(f"{type(self).__name__} must define metrics_of")
+
+    def train_step(self, views):
+        """One step on a dict of views; returns scalars, equal on all replicas."""
+        views = {name: self.normalize(view) if self.normalize and view.dtype == tf.uint8 else view
+                 for name, view in views.items()}
+        keys = self.encode_keys(views)
+        with tf.GradientTape() as tape:
+            losses, outputs = self.contrastive_loss(views, keys)
+            loss = tf.reduce_mean(losses)
+            scaled = loss * tf.cast(self.loss_scale, loss.dtype)
+        variables = self.trainable_weights
+        gradients = tape.gradient(scaled, variables)
+        loss, gradients = mean_over_replicas((loss, gradients))
+        if self.loss_scaling:
+            gradients = [g / tf.cast(self.loss_scale, g.dtype) for g in gradients]
+        norm = tf.linalg.global_norm(gradients)
+        finite = tf.math.is_finite(loss) & tf.math.is_finite(norm)
+        if self.clip_norm:
+            gradients, _ = tf.clip_by_global_norm(gradients, self.clip_norm, use_norm=norm)
+        # A non-finite step is skipped whole: parameters, optimizer and memory stay as they were.
+        apply_gradients_if(finite, self.optimizer, gradients, variables)
+        self.update_memory(keys, outputs, write=finite)
+        self._count(finite)
+        return {"loss": loss, "gradient_norm": norm, "bad_in_row": self.bad_in_row, "bad_steps": self.bad_steps,
+                **mean_over_replicas(self.metrics_of(keys, outputs))}
+
+    def _count(self, finite):
+        bad = tf.cast(tf.logical_not(finite), tf.int32)
+        self.bad_steps.assign_add(bad)
+        self.bad_in_row.assign((self.bad_in_row + 1) * bad)
+        if self.loss_scaling:
+            good = (self.good_in_row + 1) * (1 - bad)
+            grown = good >= LOSS_SCALE_GROWTH_STEPS
+            factor = tf.where(finite, tf.where(grown, 2.0, 1.0), 0.5)
+            self.loss_scale.assign(tf.maximum(self.loss_scale * factor, 1.0))
+            self.good_in_row.assign(tf.where(grown, 0, good))

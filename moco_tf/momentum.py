@@ -1,0 +1,31 @@
+"""The momentum encoder: a copy that follows the query encoder (MoCo v1, eq. 2)."""
+
+import tensorflow as tf
+
+from moco_tf.distribute import update_copies
+
+keras = tf.keras
+
+
+def momentum_copy(encoder):
+    """A twin of `encoder` with equal weights and statistics, none of them trainable.
+
+    Our BatchNorm does not look at `trainable`: the twin still normalises by the batch, and keeps statistics of its own.
+    """
+    twin = keras.models.clone_model(encoder)
+    twin.set_weights(encoder.get_weights())
+    twin.trainable = False
+    return twin
+
+
+def momentum_update(twin, encoder, momentum):
+    """Parameters of `twin` <- momentum * theirs + (1 - momentum) * those of `encoder`.
+
+    Parameters only: statistics of BatchNorm are buffers, which each encoder keeps from its own forward passes.
+    """
+    pairs = [(copy, variable) for copy, variable in zip(twin.weights, encoder.weights) if variable.trainable]
+
+    def follow(copy, variable):
+        copy.assign_sub((copy - variable) * tf.cast(1.0 - momentum, copy.dtype))
+
+    update_copies(follow, *zip(*pairs))

@@ -1,0 +1,5 @@
+"""Optimizers by name."""
+
+from moco_tf.optim.sgd import SGD
+
+OPTIMIZERS = {"sgd": SGD}

@@ -1,0 +1,401 @@
+"""What a view does to an image, as torchvision and Pillow define it.
+
+Colour functions work on *planes*: (3, H, W) float32, red, green and blue, 0..255. The planes come first because a last
+axis of 3 defeats vectorisation. With `levels` true (the default) every function returns whole grey levels by Pillow's
+arithmetic, which is what the published recipes ran; false gives torchvision's real-valued formulas for tensors.
+
+Random stages are functions (planes, seed) -> planes made by `random_*`. Their numbers depend on the seed alone and are
+the same with and without XLA.
+"""
+
+import collections
+import itertools
+import math
+
+import tensorflow as tf
+
+JITTERS = ("brightness", "contrast", "saturation", "hue")
+_ORDERS = tuple(itertools.permutations(range(len(JITTERS))))
+_BOX_PASSES = 3
+MAX_SIGMA = math.sqrt(6.0)      # from here on Pillow's box is wider than the five taps of `box_blur`
+
+
+def uniform(seed, shape):
+    """Uniform float32 numbers in [0, 1), multiples of 2^-24, a function of `seed`, (2,) int32.
+
+    Made from integers, because `tf.random.stateless_uniform` of floats differs between XLA and plain TensorFlow.
+    """
+    bits = tf.random.stateless_uniform(shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox")
+    return tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.uint32)), tf.float32) * 2.0 ** -24
+
+
+def split(seed, count):
+    """`count` independent seeds, (count, 2), from one."""
+    return tf.random.split(seed, count, alg="philox")
+
+
+# --- planes and images ---
+
+
+def to_planes(image):
+    """(H, W, 3) uint8 -> (3, H, W) float32."""
+    return tf.transpose(tf.cast(image, tf.float32), [2, 0, 1])
+
+
+def to_image(planes):
+    """(3, H, W) float32 -> (H, W, 3) uint8, rounded."""
+    return tf.transpose(tf.cast(tf.clip_by_value(nearest(planes), 0.0, 255.0), tf.uint8), [1, 2, 0])
+
+
+def nearest(x):
+    """Rounds to whole levels. Halves go up, and so does what rounding errors put just below a half."""
+    return tf.floor(x + (0.5 + 2.0 ** -12))
+
+
+# --- geometry ---
+
+Span = collections.namedtuple("Span", "low length start scale")
+Span.__doc__ = """Where an axis of the output lies on an axis of the input.
+
+Pixels `low` to `low + length` of the input take part; the centre of output pixel i is at
+`low + start + (i + 0.5) * scale`, in input pixels.
+"""
+
+
+def crop_box(numbers, height, width, scale, ratio=(3 / 4, 4 / 3)):
+    """Boxes of torchvision's RandomResizedCrop: the first of several tries that fits, else the largest centred one.
+
+    Args:
+        numbers: (..., 22) uniform in [0, 1): ten tries of area and aspect, then the position.
+        height, width: of the image, integers.
+        scale: (least, most) area of the box, as a fraction of the image's.
+        ratio: (least, most) width / height, drawn uniformly on a log scale.
+
+    Returns:
+        top, left, height, width: (...,) int32 each.
+    """
+    tries = tf.reshape(numbers[..., :20], tf.concat([tf.shape(numbers)[:-1], [10, 2]], 0))
+    image_height, image_width = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
+    area = image_height * image_width * (scale[0] + (scale[1] - scale[0]) * tries[..., 0])
+    aspect = tf.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * tries[..., 1])
+    widths, heights = tf.round(tf.sqrt(area * aspect)), tf.round(tf.sqrt(area / aspect))
+    fits = (widths > 0) & (widths <= image_width) & (heights > 0) & (heights <= image_height)
+    # The fallback joins the end of the list of tries, where it always fits.
+    last_width = tf.minimum(image_width, tf.round(image_height * ratio[1]))
+    last_height = tf.minimum(image_height, tf.round(image_width / ratio[0]))
+    order = tf.range(11, dtype=tf.int32)
+    always = tf.ones_like(fits[..., :1])
+    first = tf.reduce_min(tf.where(tf.concat([fits, always], -1), order, 11), -1, keepdims=True)
+
+    def chosen(values, last):
+        values = tf.concat([values, tf.zeros_like(values[..., :1]) + last], -1)
+        return tf.reduce_sum(tf.where(order == first, values, 0.0), -1)
+
+    box_height, box_width = chosen(heights, last_height), chosen(widths, last_width)
+    room_above, room_left = image_height - box_height, image_width - box_width
+    centred = first[..., 0] == 10
+    top = tf.where(centred, tf.floor(room_above / 2), tf.floor(numbers[..., 20] * (room_above + 1)))
+    left = tf.where(centred, tf.floor(room_left / 2), tf.floor(numbers[..., 21] * (room_left + 1)))
+    return tuple(tf.cast(x, tf.int32) for x in (top, left, box_height, box_width))
+
+
+def random_crop(size, scale):
+    """torchvision's RandomResizedCrop: (height, width, seed) -> a Span for the rows and one for the columns."""
+    def spans(height, width, seed):
+        top, left, rows, columns = crop_box(uniform(seed, [22]), height, width, scale)
+        return (Span(top, rows, 0.0, tf.cast(rows, tf.float32) / size),
+                Span(left, columns, 0.0, tf.cast(columns, tf.float32) / size))
+    return spans
+
+
+def central_crop(size, shorter_side):
+    """Shorter side to `shorter_side`, then the middle `size` x `size` pixels: as `random_crop`, but the seed is unused."""
+    def spans(height, width, seed):
+        del seed
+        shortest = tf.minimum(height, width)
+
+        def span(length):
+            resized = shorter_side * length // shortest
+            offset = tf.round(tf.cast(resized - size, tf.float32) / 2)
+            scale = tf.cast(length, tf.float32) / tf.cast(resized, tf.float32)
+            return Span(tf.zeros_like(length), length, offset * scale, scale)
+
+        return span(height), span(width)
+    return spans
+
+
+def _triangle(distance, radius, inside):
+    """Rows of weights of the antialiased bilinear filter, each row of sum 1."""
+    weights = tf.where(inside, tf.nn.relu(1.0 - tf.abs(distance) / radius), 0.0)
+    return weights / tf.reduce_sum(weights, -1, keepdims=True)
+
+
+def _dense_weights(span, size, length):
+    """(size, length) filter over a whole axis of `length` pixels."""
+    pixels = tf.range(length)
+    centres = tf.cast(span.low, tf.float32) + span.start + (tf.range(size, dtype=tf.float32) + 0.5) * span.scale
+    distance = tf.cast(pixels, tf.float32) + 0.5 - centres[:, None]
+    inside = (pixels >= span.low) & (pixels < span.low + span.length)
+    return _triangle(distance, tf.maximum(span.scale, 1.0), inside)
+
+
+def _sparse_weights(span, size):
+    """The same filter over the `span.length` pixels from `span.low` on, without its zeros."""
+    radius = tf.maximum(span.scale, 1.0)
+    taps = tf.cast(tf.math.ceil(2.0 * radius), tf.int32) + 1
+    centres = span.start + (tf.range(size, dtype=tf.float32) + 0.5) * span.scale
+    pixels = tf.cast(tf.floor(centres - radius), tf.int32)[:, None] + tf.range(taps)
+    weights = _triangle(tf.cast(pixels, tf.float32) + 0.5 - centres[:, None], radius,
+                        (pixels >= 0) & (pixels < span.length))
+    rows = tf.repeat(tf.range(size), taps)
+    columns = tf.reshape(tf.clip_by_value(pixels, 0, span.length - 1), [-1])
+    indices = tf.cast(tf.stack([rows, columns], 1), tf.int64)
+    return tf.SparseTensor(indices, tf.reshape(weights, [-1]), tf.cast([size, span.length], tf.int64))
+
+
+def resample(image, rows, columns, size):
+    """Antialiased bilinear resize of a part of an image of any shape, on the host.
+
+    The filter has a few weights per output pixel, and `tf.image.resize` with antialias, which finds the same numbers,
+    takes twice the time of these two sparse products.
+
+    Args:
+        image: (H, W, 3) uint8.
+        rows, columns: Span of the output on either axis.
+        size: side of the output.
+
+    Returns:
+        (size, size, 3) float32.
+    """
+    part = image[rows.low:rows.low + rows.length, columns.low:columns.low + columns.length]
+    part = tf.reshape(tf.cast(part, tf.float32), [rows.length, columns.length * 3])
+    part = tf.sparse.sparse_dense_matmul(_sparse_weights(rows, size), part)
+    part = tf.transpose(tf.reshape(part, [size, columns.length, 3]), [1, 0, 2])
+    part = tf.reshape(part, [columns.length, size * 3])
+    part = tf.sparse.sparse_dense_matmul(_sparse_weights(columns, size), part)
+    return tf.transpose(tf.reshape(part, [size, size, 3]), [1, 0, 2])
+
+
+def resample_planes(image, rows, columns, size):
+    """As `resample`, to (3, size, size) planes, with shapes that XLA can compile; for small images of one shape."""
+    height, width, _ = image.shape
+    part = tf.reshape(tf.cast(image, tf.float32), [height, width * 3])
+    part = tf.matmul(_dense_weights(rows, size, height), part)
+    part = tf.transpose(tf.reshape(part, [size, width, 3]), [2, 0, 1])
+    part = tf.matmul(tf.reshape(part, [3 * size, width]), _dense_weights(columns, size, width), transpose_b=True)
+    return tf.reshape(part, [3, size, size])
+
+
+# --- colour ---
+
+
+def grey(planes, levels=True):
+    """(H, W) luma: ITU-R 601 in Pillow's 16-bit fractions, or torchvision's .2989, .587, .114 for tensors."""
+    red, green, blue = planes[0], planes[1], planes[2]
+    if levels:      # exact in float32: the sum stays below 2^24
+        return tf.floor((19595.0 * red + 38470.0 * green + 7471.0 * blue + 32768.0) * 2.0 ** -16)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def grayscale(planes, levels=True):
+    """The luma in all three planes."""
+    return tf.zeros_like(planes) + grey(planes, levels)
+
+
+def _blend(planes, other, factor, levels):
+    """Pillow's Image.blend, which truncates: `other` at factor 0, `planes` at 1, and beyond."""
+    mixed = tf.clip_by_value(other + factor * (planes - other), 0.0, 255.0)
+    return tf.floor(mixed) if levels else mixed
+
+
+def brightness(planes, factor, levels=True):
+    """Scales all levels by `factor`."""
+    return _blend(planes, 0.0, factor, levels)
+
+
+def contrast(planes, factor, levels=True):
+    """Scales the distance of all levels from the mean luma by `factor`."""
+    mean = tf.reduce_mean(grey(planes, levels))
+    return _blend(planes, tf.floor(mean + 0.5) if levels else mean, factor, levels)
+
+
+def saturation(planes, factor, levels=True):
+    """Scales the distance of every pixel from its luma by `factor`."""
+    return _blend(planes, grey(planes, levels), factor, levels)
+
+
+def hue(planes, turn, levels=True):
+    """Turns the hue by `turn` of the circle, -0.5 to 0.5, in HSV; with `levels` in Pillow's HSV of 8 bits."""
+    red, green, blue = planes[0], planes[1], planes[2]
+    value = tf.maximum(tf.maximum(red, green), blue)
+    spread = value - tf.minimum(tf.minimum(red, green), blue)
+    # In sixths of the circle. Where the spread is 0 all differences are 0, and so is the hue.
+    per_spread = 1.0 / tf.maximum(spread, 1e-9)
+    sixths = tf.where(red == value, (green - blue) * per_spread,
+                      tf.where(green == value, 2.0 + (blue - red) * per_spread, 4.0 + (red - green) * per_spread))
+    sixths = _wrap(sixths, 6.0)
+    fraction = spread / tf.maximum(value, 1e-9)
+    if levels:
+        # Pillow truncates to 8 bits, and finds pure green and pure blue just below 85 and 170.
+        steps = tf.floor(tf.maximum(sixths * 42.5 - 1e-4, 0.0)) + tf.cast(tf.cast(turn * 255.0, tf.int32), tf.float32)
+        sixths = _wrap(steps, 256.0) * (6.0 / 255.0)
+        fraction = tf.floor(fraction * 255.0) * (1.0 / 255.0)
+    else:
+        sixths = _wrap(sixths + 6.0 * turn, 6.0)
+    # How far each plane is from its sector of full value, in sixths of the circle: red's sector is around 0.
+    offset = _wrap(tf.constant([5.0, 3.0, 1.0])[:, None, None] + sixths, 6.0)
+    turned = value - value * fraction * tf.clip_by_value(tf.minimum(offset, 4.0 - offset), 0.0, 1.0)
+    return tf.floor(turned + 0.5) if levels else turned
+
+
+def _wrap(x, period):
+    """Into [0, period), from one period below to one above; tf.math.floormod is not vectorised and ten times slower."""
+    return tf.where(x < 0.0, x + period, tf.where(x < period, x, x - period))
+
+
+def jitter(planes, factors, order, count=4, levels=True):
+    """The first `count` of four adjustments in a given order (torchvision's ColorJitter).
+
+    A loop over a switch, because XLA compiles that in a tenth of the time of four switches in a row, and really skips
+    what is not asked for.
+
+    Args:
+        factors: (4,) of brightness, contrast, saturation, hue.
+        order: (4,) int32, a permutation of 0..3, which number those.
+    """
+    adjustments = (brightness, contrast, saturation, hue)
+
+    def adjust(i, planes):
+        choose = order[i]
+        return i + 1, tf.switch_case(choose, [
+            lambda f=f, k=k: f(planes, factors[k], levels) for k, f in enumerate(adjustments)])
+
+    return tf.while_loop(lambda i, _: i < count, adjust, (0, planes))[1]
+
+
+def box_weights(sigma):
+    """Weights of the pixels at distance 1 and 2 in one of Pillow's box blurs for GaussianBlur(sigma).
+
+    The box of half-width l + a has 2 l + 1 full pixels and a fraction a of the next on either side; three of them have
+    the variance of the Gaussian (Gwosdek et al., Theoretical Foundations of Gaussian Convolution by Extended Box
+    Filtering, 2011). Five taps hold it for sigma < `MAX_SIGMA`.
+    """
+    variance = sigma * sigma / _BOX_PASSES
+    whole = tf.floor((tf.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
+    part = (2.0 * whole + 1.0) * (whole * (whole + 1.0) - 3.0 * variance)
+    part /= 6.0 * (variance - (whole + 1.0) ** 2)
+    # Pillow holds weights as whole 2^-24ths; those decide the ties that round sigmas make frequent.
+    full = tf.floor(2.0 ** 24 / (2.0 * (whole + part) + 1.0))
+    rest = tf.floor((2.0 ** 24 - (2.0 * whole + 1.0) * full) / 2.0)
+    lost = 2.0 ** 24 - (2.0 * whole + 1.0) * full - 2.0 * rest
+    near, far = tf.where(whole > 0.0, full, rest), tf.where(whole > 0.0, rest, 0.0)
+    return near * 2.0 ** -24, far * 2.0 ** -24, lost * 2.0 ** -24
+
+
+def box_blur(lines, weights, levels=True):
+    """One pass along the first axis, (L, n), between edges that repeat outside."""
+    near, far, lost = weights
+    length = lines.shape[0] - 4
+    centre = lines[2:-2]
+
+    def both(distance):
+        return lines[2 - distance:2 - distance + length] + lines[2 + distance:2 + distance + length] - 2.0 * centre
+
+    # Differences from the centre keep exact halves apart from their neighbours in float32.
+    change = near * both(1) + far * both(2) - lost * centre
+    return _repeat_edges(centre + (tf.floor(change + 0.5) if levels else change))
+
+
+def _repeat_edges(lines):
+    return tf.concat([lines[:1], lines[:1], lines, lines[-1:], lines[-1:]], 0)
+
+
+def blur(planes, sigma, levels=True):
+    """Pillow's GaussianBlur(sigma), 0 < sigma < `MAX_SIGMA`: three box blurs along the rows, then three along the columns.
+
+    Both run along the first axis of a matrix, where repeated edges are whole rows and XLA vectorises everything.
+    """
+    weights = box_weights(sigma)
+    _, height, width = planes.shape
+
+    def three(lines):
+        # A loop, because XLA would otherwise fuse the passes and compute each again for every tap of the next.
+        step = lambda i, lines: (i + 1, box_blur(lines, weights, levels))
+        return tf.while_loop(lambda i, _: i < _BOX_PASSES, step, (0, _repeat_edges(lines)))[1][2:-2]
+
+    columns = tf.reshape(tf.transpose(planes, [2, 0, 1]), [width, 3 * height])
+    rows = tf.transpose(tf.reshape(three(columns), [width, 3, height]), [2, 1, 0])
+    rows = tf.reshape(three(tf.reshape(rows, [height, 3 * width])), [height, 3, width])
+    return tf.transpose(rows, [1, 0, 2])
+
+
+def solarize(planes, threshold=128):
+    """Inverts levels from `threshold` on."""
+    return tf.where(planes < threshold, planes, 255.0 - planes)
+
+
+def flip(planes):
+    """Left to right."""
+    return tf.reverse(planes, [2])
+
+
+# --- random stages ---
+
+
+def random_jitter(brightness, contrast, saturation, hue, probability=1.0):
+    """torchvision's ColorJitter: factors from [max(0, 1 - strength), 1 + strength], hue from [-hue, hue], any order."""
+    strengths = (brightness, contrast, saturation)
+    low = tf.constant([max(0.0, 1.0 - s) for s in strengths] + [-hue])
+    high = tf.constant([1.0 + s for s in strengths] + [hue])
+
+    def stage(planes, seed):
+        numbers = uniform(seed, [6])
+        order = tf.gather(tf.constant(_ORDERS), tf.cast(numbers[4] * len(_ORDERS), tf.int32))
+        count = tf.where(numbers[5] < probability, len(JITTERS), 0)
+        return jitter(planes, low + (high - low) * numbers[:4], order, count)
+    return stage
+
+
+def random_grayscale(probability):
+    return _sometimes(probability, grayscale)
+
+
+def random_flip(probability):
+    return _sometimes(probability, flip)
+
+
+def random_solarize(probability):
+    return _sometimes(probability, solarize)
+
+
+def _sometimes(probability, change):
+    def stage(planes, seed):
+        return tf.cond(uniform(seed, [1])[0] < probability, lambda: change(planes), lambda: planes)
+    return stage
+
+
+def random_blur(sigma, probability):
+    """Gaussian blur, `sigma` (least, most) in pixels; Pillow's, so valid below `MAX_SIGMA`."""
+    if not 0.0 < sigma[0] <= sigma[1] < MAX_SIGMA:
+        raise ValueError(f"The blur is built for 0 < sigma < {MAX_SIGMA:.2f} pixels. Received: sigma {sigma}.")
+
+    def stage(planes, seed):
+        numbers = uniform(seed, [2])
+        return tf.cond(numbers[1] < probability,
+                       lambda: blur(planes, sigma[0] + (sigma[1] - sigma[0]) * numbers[0]), lambda: planes)
+    return stage
+
+
+# --- the first op of the training step ---
+
+
+def normalize(images, mean, std, dtype=tf.float32):
+    """(B, H, W, 3) uint8 -> the same shape in `dtype`, (x / 255 - mean) / std, computed in float32.
+
+    One multiply-add on rows of W * 3 numbers: a broadcast over a last axis of 3 takes nine times as long.
+    """
+    batch, height, width, _ = images.shape
+    scale = tf.tile([1.0 / (255.0 * s) for s in std], [width])
+    shift = tf.tile([-m / s for m, s in zip(mean, std)], [width])
+    rows = tf.reshape(tf.cast(images, tf.float32), [-1, height, width * 3])
+    return tf.cast(tf.reshape(rows * scale + shift, [-1 if batch is None else batch, height, width, 3]), dtype)

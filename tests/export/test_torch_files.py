@@ -1,0 +1,226 @@
+"""Files that PyTorch and safetensors write and read, and PyTorch's own networks. Needs the extra `torch`."""
+
+import os
+import pickle
+import sys
+import types
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from moco_tf.backbones.resnet import BLOCKS, resnet
+from moco_tf.errors import DataError
+from moco_tf.export import torch_weights
+from moco_tf.heads import encoder, linear, mlp
+from moco_tf.methods.moco import MoCo
+
+pytestmark = pytest.mark.torch
+
+
+class Block(torch.nn.Module):
+    """A residual block with the attributes of torchvision's, basic or bottleneck by `kernels`."""
+
+    def __init__(self, inputs, widths, kernels, stride, groups):
+        super().__init__()
+        self.depth = len(kernels)
+        strided = kernels.index(3)
+        for i, kernel in enumerate(kernels):
+            conv = torch.nn.Conv2d(([inputs] + widths)[i], widths[i], kernel, stride if i == strided else 1, kernel // 2,
+                                   groups=groups if kernel == 3 and len(kernels) == 3 else 1, bias=False)
+            setattr(self, f"conv{i + 1}", conv)
+            setattr(self, f"bn{i + 1}", torch.nn.BatchNorm2d(widths[i]))
+        self.downsample = None
+        if stride > 1 or inputs != widths[-1]:
+            self.downsample = torch.nn.Sequential(
+                torch.nn.Conv2d(inputs, widths[-1], 1, stride, bias=False), torch.nn.BatchNorm2d(widths[-1]))
+
+    def forward(self, x):
+        y = x
+        for i in range(1, self.depth + 1):
+            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
+            y = torch.relu(y) if i < self.depth else y
+        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet(torch.nn.Module):
+    """The network of the papers, called like torchvision's."""
+
+    def __init__(self, block, layers, num_classes=1000, groups=1, width_per_group=64):
+        super().__init__()
+        self.conv1, self.bn1 = torch.nn.Conv2d(3, 64, 7, 2, 3, bias=False), torch.nn.BatchNorm2d(64)
+        self.maxpool = torch.nn.MaxPool2d(3, 2, 1)
+        channels = 64
+        for stage, blocks in enumerate(layers):
+            planes = 64 * 2 ** stage
+            inner = planes * width_per_group // 64 * groups
+            widths, kernels = ([planes] * 2, [3, 3]) if block == "basic" else ([inner, inner, 4 * planes], [1, 3, 1])
+            parts = []
+            for i in range(blocks):
+                parts.append(Block(channels, widths, kernels, 2 if stage and not i else 1, groups))
+                channels = widths[-1]
+            setattr(self, f"layer{stage + 1}", torch.nn.Sequential(*parts))
+        self.fc = torch.nn.Linear(channels, num_classes)
+
+    def forward(self, x):
+        x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def network(depth, **arguments):
+    model = ResNet("basic" if depth < 50 else "bottleneck", BLOCKS[depth], **arguments)
+    generator = torch.Generator().manual_seed(0)
+    for name, value in model.state_dict().items():    # statistics and biases too: (0, 1) would hide a mix-up
+        if value.dtype == torch.float32 and value.ndim == 1:
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    return model
+
+
+class Official(torch.nn.Module):
+    """The attributes of facebookresearch/moco's MoCo."""
+
+    def __init__(self, depth, dim, queue_size, hidden):
+        super().__init__()
+        for name in ("encoder_q", "encoder_k"):
+            encoder = network(depth, num_classes=dim)
+            if hidden:
+                width = encoder.fc.in_features
+                encoder.fc = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.ReLU(), encoder.fc)
+            setattr(self, name, encoder)
+        self.register_buffer("queue", torch.randn(dim, queue_size))
+        self.register_buffer("queue_ptr", torch.full((1,), 4, dtype=torch.long))
+
+
+def method(depth=18, head=linear, size=64):
+    backbone = resnet(depth=depth, size=size)
+    return MoCo(encoder(backbone, lambda features: head(features, dim=16)), dim=16, queue_size=8, temperature=0.2,
+                momentum=0.9)
+
+
+def save(path, module, legacy=False):
+    state = {f"module.{name}": value for name, value in module.state_dict().items()}
+    torch.save({"epoch": 3, "arch": "resnet18", "state_dict": state, "optimizer": {"state": {0: torch.ones(2)}}},
+               path, _use_new_zipfile_serialization=not legacy)
+    return str(path)
+
+
+@pytest.mark.parametrize("depth, arguments", [(18, {}), (50, {}), (50, dict(groups=32, width_per_group=4))])
+def test_our_weights_load_strictly_into_pytorch_and_compute_the_same(tmp_path, depth, arguments):
+    ours, theirs = resnet(depth=depth, size=64, **arguments), network(depth, **arguments)
+    theirs.fc = torch.nn.Identity()
+    torch_weights.load_into(ours, {name: value.numpy() for name, value in network(depth, **arguments).state_dict().items()
+                                   if not name.startswith("fc.")})
+    path = str(tmp_path / "weights.pth")
+    torch_weights.write(path, torch_weights.parse(torch_weights.state_dict(ours)), "torchvision")
+    theirs.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs.eval()(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(ours(images), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("head", [linear, mlp])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_official_files_come_in_and_go_out(tmp_path, head, legacy):
+    torch.manual_seed(0)
+    theirs = Official(18, 16, 8, hidden=head is mlp)
+    ours = method(head=head)
+    source = save(tmp_path / "in.pth.tar", theirs, legacy)
+    torch_weights.restore(ours, torch_weights.parse(torch_weights.read_state_dict(source)))
+    np.testing.assert_array_equal(ours.queue.keys, theirs.queue.numpy().T)
+    assert int(ours.queue.pointer) == 4
+
+    target = str(tmp_path / "out.pth.tar")
+    torch_weights.write(target, torch_weights.checkpoint_of(ours), "official")
+    fresh = Official(18, 16, 8, hidden=head is mlp)
+    state = torch.load(target, weights_only=True)["state_dict"]
+    fresh.load_state_dict({name[len("module."):]: value for name, value in state.items()}, strict=True)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("layout, target", [
+    ("official", "w.pth.tar"), ("official", "w.safetensors"), ("torchvision", "w.pth"), ("torchvision", "w.safetensors")])
+def test_files_convert_without_loss(tmp_path, layout, target):
+    source = save(tmp_path / "in.pth.tar", Official(18, 16, 8, hidden=False))
+    path = str(tmp_path / target)
+    before = torch_weights.convert(source, path, layout)
+    state = torch_weights.read_state_dict(path)
+    expected = torch_weights.LAYOUTS[layout](before)
+    assert set(state) == set(expected)
+    for name in expected:
+        np.testing.assert_array_equal(state[name], expected[name])
+        assert (state[name].dtype, state[name].shape) == (expected[name].dtype, expected[name].shape)
+    assert sorted(os.listdir(tmp_path)) == sorted(["in.pth.tar", target])
+
+
+def test_half_precision_files_come_in(tmp_path):
+    for dtype in (torch.float16, torch.bfloat16):
+        path = str(tmp_path / "half.pth")
+        torch.save({"x": torch.arange(5).to(dtype)}, path)
+        np.testing.assert_array_equal(torch_weights.read_state_dict(path)["x"], np.arange(5))
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, (Attack.target,)
+
+
+@pytest.mark.parametrize("write", ["torch", "legacy", "pickle"])
+def test_a_malicious_file_is_refused_and_not_executed(tmp_path, write):
+    Attack.target = str(tmp_path / "executed")
+    path = tmp_path / "evil.pth"
+    content = {"state_dict": {"conv1.weight": torch.zeros(1)}, "args": Attack()}
+    if write == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=write == "torch")
+    with pytest.raises(DataError) as caught:
+        torch_weights.convert(str(path), str(tmp_path / "out.pth"), "torchvision")
+    assert "\n" not in str(caught.value) and "runs no code" in str(caught.value) and "mkdir" in str(caught.value)
+    assert os.listdir(tmp_path) == ["evil.pth"]
+
+
+@pytest.mark.parametrize("name", ["w.pth", "legacy.pth", "w.safetensors"])
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_refused(tmp_path, name, share):
+    path = tmp_path / name
+    state = {"conv1.weight": torch.randn(64, 3, 7, 7), "bn1.weight": torch.randn(64)}
+    if name.endswith("safetensors"):
+        safetensors.numpy.save_file({key: value.numpy() for key, value in state.items()}, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=not name.startswith("legacy"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:int(len(whole) * share)])
+    with pytest.raises(DataError) as caught:
+        torch_weights.convert(str(path), str(tmp_path / "out.pth"), "torchvision")
+    assert "\n" not in str(caught.value) and "whole" in str(caught.value)
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("content, message", [([1, 2], "with a list"), ({"epoch": 3}, "with none")])
+def test_a_file_without_weights_is_refused(tmp_path, content, message):
+    path = str(tmp_path / "w.pth")
+    torch.save(content, path)
+    with pytest.raises(DataError, match=message):
+        torch_weights.read_state_dict(path)
+
+
+def test_the_difference_from_torchvision_is_measured_where_there_is_one(monkeypatch):
+    checkpoint = torch_weights.parse({name: value.numpy() for name, value in network(50).state_dict().items()})
+    model = resnet(depth=50, size=64)
+    torch_weights.load_backbone(model, checkpoint, allow_probe=True)
+    resnets = types.SimpleNamespace(ResNet=ResNet, BasicBlock="basic", Bottleneck="bottleneck")
+    monkeypatch.setitem(sys.modules, "torchvision.models.resnet", resnets)
+    for name in ("torchvision", "torchvision.models"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    assert 0 < torch_weights.difference_from_torchvision(model, checkpoint) < 1e-5
+    model.get_layer("layer2.1.bn2").beta.assign_add([1.0] * 128)
+    assert torch_weights.difference_from_torchvision(model, checkpoint) > 1e-3
+    wide = torch_weights.parse(torch_weights.state_dict(resnet(depth=18, width=0.25, size=32)))
+    assert torch_weights.difference_from_torchvision(model, wide) is None
+    monkeypatch.setitem(sys.modules, "torchvision.models.resnet", None)
+    assert torch_weights.difference_from_torchvision(model, checkpoint) is None

@@ -9,7 +9,7 @@ def get_config():
     return ConfigDict(dict(
         epochs=12, batch_size=128, bn_group_size=32,
         data=dict(name="embedded"),
-        views=dict(name="quickstart", size=28),
+        views=dict(name="quickstart", size=28, crop_min=0.2, flip=0.5, brightness=0.4, contrast=0.4, jitter=0.8, blur=0.0),
         backbone=dict(name="resnet", depth=18, width=0.25, stem="cifar"),
         head=dict(name="mlp", hidden_dim=128, dim=64),
         method=dict(name="moco", queue_size=4096, temperature=0.2, momentum=0.99),

@@ -25,6 +25,7 @@ RUN_DEFAULTS = dict(
     max_bad_steps=20,            # non-finite steps in a row before the run stops
     data=dict(
         path="", split="train", data_dir="",
+        classes=(),              # of a folder: the class folders to keep; () for all
         eval_split="",           # held-out images for the monitors; "": the source's usual one, or a part set apart
         holdout=0.02,            # the part set apart where there is no such split
         max_unreadable=0.01,     # of the images; above it the run stops
@@ -35,7 +36,8 @@ RUN_DEFAULTS = dict(
     log=dict(every_steps=50, tensorboard=True, embeddings=False),
     monitor=dict(
         every_epochs=5,          # 0: at the start and the end only
-        k=20, temperature=0.1, bank=10000, queries=2000, batch_size=250),
+        k=20, temperature=0.1, bank=10000, queries=2000,
+        features="backbone")     # or "embedding": the rows that vote,
 )
 
 
@@ -73,19 +75,28 @@ def load(name):
             return from_json(path.read_text())
         except ValueError as error:
             raise UsageError(f"{path} must hold a config as JSON. Received: {error}.") from None
+    return complete(_from_file(path))
+
+
+def recipe(name):
+    """What the recipe of that name holds, for another one to change."""
+    return _from_file(recipes()[name])
+
+
+def complete(own):
+    """A recipe's own values over RUN_DEFAULTS, as a locked, typed config."""
+    config = ConfigDict(RUN_DEFAULTS)
+    config.update(own)
+    return config.lock()
+
+
+def _from_file(path):
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UsageError(f"A recipe must define get_config(). Received: {path}, which does not.")
-    return complete(module.get_config())
-
-
-def complete(recipe):
-    """The recipe over RUN_DEFAULTS, as a locked, typed config."""
-    config = ConfigDict(RUN_DEFAULTS)
-    config.update(recipe)
-    return config.lock()
+    return module.get_config()
 
 
 def override(config, **values):

@@ -10,20 +10,20 @@ def linear(features, dim=128):
     return _float32(_dense(features, dim, "fc"))
 
 
-def mlp(features, dim=128, hidden_dim=None, layers=2):
+def mlp(features, dim=128, hidden_dim=None):
     """MoCo v2's head (arXiv:2003.04297): linear layers with ReLU between, (B, D) to (B, dim), at least float32.
 
     Args:
         features: (B, D).
         dim: width of the embedding.
-        hidden_dim: width of the hidden layers; None: D.
-        layers: number of linear layers, 1 or more.
+        hidden_dim: width of the hidden layer, or a tuple of widths, one a layer; None: D.
     """
     x = features
-    for position in range(layers - 1):
-        x = _dense(x, hidden_dim or features.shape[-1], f"fc.{2 * position}")
+    widths = hidden_dim if isinstance(hidden_dim, tuple) else (hidden_dim or features.shape[-1],)
+    for position, width in enumerate(widths):
+        x = _dense(x, width, f"fc.{2 * position}")
         x = keras.layers.ReLU(name=f"fc.{2 * position + 1}")(x)
-    return _float32(_dense(x, dim, f"fc.{2 * (layers - 1)}"))
+    return _float32(_dense(x, dim, f"fc.{2 * len(widths)}"))
 
 
 HEADS = {"linear": linear, "mlp": mlp}

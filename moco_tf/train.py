@@ -57,6 +57,13 @@ def view_recipe(config):
     return construct(RECIPES, config.views, "views")
 
 
+def evaluation_recipe(config, source):
+    """The view "image" that features are taken from; images that are no larger than it are taken whole."""
+    size = config.views.size
+    whole = {"shorter_side": size} if source.image_shape and max(source.image_shape[:2]) <= size else {}
+    return construct(RECIPES, dict(name="eval", size=size, **whole), "views")
+
+
 def normalizer(recipe):
     """uint8 images -> what the encoder takes, of the compute dtype of the Keras policy."""
     dtype = keras.mixed_precision.global_policy().compute_dtype
@@ -115,9 +122,10 @@ def open_data(config):
     """(training source, held-out source) of a config's data section; the second one may be None."""
     data = config.data
     common = dict(name=data.name, path=data.path, data_dir=data.data_dir)
-    train = sources.open_source(split=data.split, **common)
+    others = {"classes": data.classes} if data.classes else {}
+    train = sources.open_source(split=data.split, **common, **others)
     if data.eval_split or sources.has_split(split="val", **common):
-        return train, sources.open_source(split=data.eval_split or "val", **common)
+        return train, sources.open_source(split=data.eval_split or "val", **common, **others)
     if train.random_access and data.holdout > 0:
         return sources.split_holdout(train, data.holdout)
     return train, None
@@ -223,8 +231,8 @@ class Monitor:
     def __init__(self, config, train, held_out, extractor, path, writer, line):
         options = config.monitor
         recipe = view_recipe(config)
-        whole = construct(RECIPES, dict(name="eval", size=config.views.size), "views")
-        batches = functools.partial(evaluation_batches, batch_size=options.batch_size, workers=config.data.workers)
+        whole = evaluation_recipe(config, train)
+        batches = functools.partial(evaluation_batches, batch_size=config.batch_size, workers=config.data.workers)
         self.pairs = batches(held_out, recipe, limit=options.queries, seed=config.seed)
         self.labelled = train.num_classes > 0 and held_out.num_classes == train.num_classes
         self.bank = batches(train, whole, limit=options.bank)
@@ -232,14 +240,16 @@ class Monitor:
         self.extractor, self.num_classes, self.path, self.writer, self.line = \
             extractor, train.num_classes, path, writer, line
         self.k, self.temperature = options.k, options.temperature
+        self.column = ("backbone", "embedding").index(options.features)
 
     def measure(self):
         """{"knn_top1": in [0, 1], where there are labels, "view_retrieval": in [0, 1]}."""
         values = {}
         if self.labelled:
-            (bank, _), bank_labels, _ = self._of("image", self.bank)
-            (queries, _), labels, _ = self._of("image", self.queries)
-            scores = knn_scores(bank, bank_labels, queries, self.k, self.temperature, self.num_classes)
+            bank, bank_labels, _ = self._of("image", self.bank)
+            queries, labels, _ = self._of("image", self.queries)
+            scores = knn_scores(bank[self.column], bank_labels, queries[self.column], self.k, self.temperature,
+                                self.num_classes)
             values["knn_top1"] = top_k_accuracy(scores, labels)
         views, _, _ = self.extractor(self.pairs)
         (_, first), (_, second) = list(views.values())[:2]

@@ -123,6 +123,27 @@ def test_compiles_with_xla_to_equal_results(policy):
         np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_two_replicas_move_the_statistics_as_one_and_alike():
+    # Without collective kernels, whose keys clash between the strategies of one process.
+    strategy = tf.distribute.MirroredStrategy(["/cpu:0", "/cpu:1"],
+                                              cross_device_ops=tf.distribute.ReductionToOneDevice())
+    x = batch((8, 4, 4, 3)).astype(np.float32)
+    one = BatchNorm(group_size=2)
+    expected = one(x, training=True)
+    with strategy.scope():
+        layer = BatchNorm(group_size=2)
+        layer.build(x.shape)
+    halves = strategy.experimental_distribute_values_from_function(
+        lambda context: tf.constant(x[4 * context.replica_id_in_sync_group:][:4]))
+    step = tf.function(lambda part: strategy.run(lambda images: layer(images, training=True), args=(part,)))
+    outputs = strategy.experimental_local_results(step(halves))
+    np.testing.assert_allclose(np.concatenate(outputs), expected, rtol=1e-6, atol=1e-6)
+    for variable, wanted in zip(layer.variables, one.variables):
+        first, second = (copy.numpy() for copy in strategy.experimental_local_results(variable))
+        np.testing.assert_array_equal(first, second)
+        np.testing.assert_allclose(first, wanted, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("images, message", [(6, "6 images per replica, groups of 4"), (None, "unknown size")])
 def test_a_batch_of_broken_groups_is_refused_while_tracing(images, message):
     layer = BatchNorm(group_size=4)

@@ -76,7 +76,8 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
         replicas: of this host.
         context: the `tf.distribute.InputContext` of this host; None: there is one host.
         workers: parallel calls; 0: tf.data's choice.
-        unreadable: an `Unreadable` that hears of images which do not decode; None: such an image ends the run.
+        unreadable: an `Unreadable` that hears of images which do not decode; the next readable one of the batch stands
+            in for each. None: they are black.
         clock: a `BatchClock`.
 
     Returns:
@@ -86,39 +87,21 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
     hosts, host = (context.num_input_pipelines, context.input_pipeline_id) if context else (1, 0)
     here = batch_size // hosts
     parallel = workers or tf.data.AUTOTUNE
-
-    def batch_seeds(step):
-        """(here, 2): one seed an image of this host's share of the global batch."""
-        seeds = tf.random.stateless_uniform([batch_size, 2], seed=tf.stack([tf.cast(seed, tf.int64), step]),
-                                            minval=None, maxval=None, dtype=tf.int32)
-        return seeds[host * here:(host + 1) * here]
-
     steps = tf.data.Dataset.range(first_step, FOREVER)
+    seeds = steps.map(lambda step: image_seeds(seed, step, batch_size)[host * here:(host + 1) * here], parallel)
     examples = _epochs(source, seed, steps_per_epoch * batch_size, first_step * batch_size)
     if hosts > 1:
         examples = examples.enumerate().filter(
             lambda position, _: position % batch_size // here == host).map(lambda _, example: example)
-    guard = _guarded if unreadable else lambda function: lambda *example: (True, function(*example))
-    if source.image_shape and source.image_shape[0] * source.image_shape[1] <= SMALL:
-        examples = tf.data.Dataset.zip((examples,))
-        of_one, of_batch = source.decode, lambda images, seeds: {"index": images["index"],
-                                                                 **recipe.apply_batch(images["image"], seeds)}
-    else:
-        def of_one(example, image_seed):
-            image = source.decode(example)
-            return {"index": image["index"], **recipe.apply(image["image"], image_seed)}
-
-        of_batch = lambda views, seeds: views
-        examples = tf.data.Dataset.zip((examples, steps.map(batch_seeds, parallel).unbatch()))
-    read = examples.map(lambda *example: (source.index_of(example[0]), *guard(of_one)(*example)), parallel)
-    batches = tf.data.Dataset.zip((steps, read.batch(here, drop_remainder=True))).map(
-        lambda step, batch: (step, of_batch(_without_unreadable(*batch, unreadable), batch_seeds(step))), parallel)
+    batches = tf.data.Dataset.zip((steps, _viewed(source, recipe, examples, seeds, here, parallel)))
     group = bn_group_size or here // replicas
 
-    def deal(step, batch):
+    def deal(step, readable, batch):
         """The keys in shuffled order, and the batch as (replicas, N, ...)."""
+        batch = _without_unreadable(readable, batch, unreadable)
         order = key_permutation(seed, step, here, group) if shuffle else tf.range(here)
-        batch = {**batch, "key_position": host * here + positions(order)}
+        batch = {name: value for name, value in batch.items() if name != "label"}
+        batch["key_position"] = host * here + positions(order)
         if shuffle:
             batch["key"] = tf.gather(batch["key"], order)
         if clock:
@@ -126,29 +109,65 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
         return {name: tf.reshape(value, [replicas, here // replicas, *value.shape[1:]])
                 for name, value in batch.items()}
 
-    dealt = batches.map(deal, parallel).unbatch() if replicas > 1 else \
-        batches.map(lambda step, batch: {name: value[0] for name, value in deal(step, batch).items()}, parallel)
-    return dealt.prefetch(2 * replicas).with_options(_options())
+    return batches.map(lambda step, batch: deal(step, *batch), parallel).unbatch().prefetch(2 * replicas).with_options(_options())
 
 
 def evaluation_batches(source, recipe, batch_size, limit=0, seed=0, workers=0):
-    """One pass: batches of (views, label (n,), index (n,)); the last one may be smaller. Unreadable images are left out.
+    """One pass: full batches of (views, label (n,), index (n,), real (n,) bool).
+
+    Rows that are not `real` are to be left out: they fill up the last batch, or could not be read.
 
     Args:
         limit: > 0 takes so many images, drawn as in the first epoch of seed 0, if there are more.
-        seed: of the views, if they draw anything: view by view a function of (seed, index).
+        seed: of the views, if they draw anything.
     """
     parallel = workers or tf.data.AUTOTUNE
+    count = min(limit, source.size) if limit else source.size
+    batches = -(-count // batch_size)
+    examples = source.examples(0, 0) if count < source.size else source.examples()
+    examples = examples.take(count).repeat().take(batches * batch_size)
+    steps = tf.data.Dataset.range(batches)
+    seeds = steps.map(lambda step: image_seeds(seed, step, batch_size))
 
-    def one(example):
+    def split(step, readable, batch):
+        real = readable & (step * batch_size + tf.range(batch_size, dtype=tf.int64) < count)
+        return {name: batch[name] for name in recipe.views}, batch["label"], batch["index"], real
+
+    viewed = _viewed(source, recipe, examples, seeds, batch_size, parallel)
+    return tf.data.Dataset.zip((steps, viewed)).map(lambda step, batch: split(step, *batch)).prefetch(2).with_options(
+        _options())
+
+
+def image_seeds(seed, step, batch_size):
+    """(batch_size, 2) int32: a seed for each image of global batch `step`."""
+    return tf.random.stateless_uniform([batch_size, 2], seed=tf.stack([tf.cast(seed, tf.int64), step]),
+                                       minval=None, maxval=None, dtype=tf.int32)
+
+
+def _viewed(source, recipe, examples, seeds, batch_size, parallel):
+    """Examples and batches of seeds -> (readable (n,) bool, {"index", "label", and the views by name})."""
+    guard = _guarded if source.can_fail else lambda function: lambda *example: (True, function(*example))
+    if source.image_shape and source.image_shape[0] * source.image_shape[1] <= SMALL:
+        def views_of_batch(seeds, batch):
+            readable, index, decoded = batch
+            return readable, {"index": index, "label": decoded["label"], **recipe.apply_batch(decoded["image"], seeds)}
+
+        def read_one(example):
+            readable, decoded = guard(source.decode)(example)
+            return readable, source.index_of(example), decoded
+
+        read = examples.map(read_one, parallel)
+        return tf.data.Dataset.zip((seeds, read.batch(batch_size, drop_remainder=True))).map(views_of_batch, parallel)
+
+    def views_of_one(example, image_seed):
         image = source.decode(example)
-        image_seed = tf.random.stateless_uniform([2], seed=tf.stack([tf.cast(seed, tf.int64), image["index"]]),
-                                                 minval=None, maxval=None, dtype=tf.int32)
-        return recipe.apply(image["image"], image_seed), image["label"], image["index"]
+        return {"label": image["label"], **recipe.apply(image["image"], image_seed)}
 
-    examples = source.examples(0, 0).take(limit) if 0 < limit < source.size else source.examples()
-    kept = examples.map(_guarded(one), parallel).filter(lambda ok, _: ok).map(lambda _, result: result)
-    return kept.batch(batch_size).prefetch(2).with_options(_options())
+    def indexed(example, image_seed):
+        readable, views = guard(views_of_one)(example, image_seed)
+        return readable, {"index": source.index_of(example), **views}
+
+    return tf.data.Dataset.zip((examples, seeds.unbatch())).map(indexed, parallel).batch(batch_size, drop_remainder=True)
 
 
 def _epochs(source, seed, per_epoch, first):
@@ -173,14 +192,14 @@ def _guarded(function):
     return guarded
 
 
-def _without_unreadable(indexes, readable, batch, unreadable):
+def _without_unreadable(readable, batch, unreadable):
     """Each unreadable row of a batch is replaced by the next readable one, so that batch sizes stay what they are."""
     if unreadable is None:
         return batch
 
     def repair():
-        report = tf.numpy_function(unreadable.report, [tf.boolean_mask(indexes, tf.logical_not(readable))], [])
-        size = indexes.shape[0]
+        report = tf.numpy_function(unreadable.report, [tf.boolean_mask(batch["index"], tf.logical_not(readable))], [])
+        size = readable.shape[0]
         ahead = (tf.range(size)[None, :] - tf.range(size)[:, None]) % size    # how far row j lies ahead of row i
         source_row = tf.argmin(tf.where(readable[None, :], ahead, size), axis=1)
         with tf.control_dependencies([report, tf.debugging.Assert(tf.reduce_any(readable), ["no image is readable"])]):

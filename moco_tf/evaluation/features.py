@@ -38,12 +38,13 @@ class Extractor:
             ({view: (features (n, D), embeddings (n, C))}, labels (n,), index (n,)), NumPy, unit rows.
         """
         parts, labels, indexes = {}, [], []
-        for views, label, index in batches:
+        for views, label, index, real in batches:
+            real = real.numpy()
             for name, images in views.items():
-                parts.setdefault(name, []).append([part.numpy() for part in self.rows(images)])
-            labels.append(label.numpy())
-            indexes.append(index.numpy())
+                parts.setdefault(name, []).append([part.numpy()[real] for part in self.rows(images)])
+            labels.append(label.numpy()[real])
+            indexes.append(index.numpy()[real])
             if progress:
-                progress(len(index))
+                progress(int(real.sum()))
         joined = {name: tuple(np.concatenate(column) for column in zip(*rows)) for name, rows in parts.items()}
         return joined, np.concatenate(labels), np.concatenate(indexes)

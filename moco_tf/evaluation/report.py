@@ -6,8 +6,7 @@ from moco_tf.data.pipeline import evaluation_batches
 from moco_tf.errors import DataError
 from moco_tf.evaluation.features import Extractor
 from moco_tf.evaluation.knn import knn_scores, top_k_accuracy
-from moco_tf.train import construct, open_data, restore_method
-from moco_tf.views.recipes import RECIPES
+from moco_tf.train import evaluation_recipe, open_data, restore_method
 
 
 def knn_report(config, workdir, ks=(20, 200), temperatures=(0.07, 0.1), features="backbone", batch_size=250):
@@ -34,7 +33,7 @@ def knn_report(config, workdir, ks=(20, 200), temperatures=(0.07, 0.1), features
         raise DataError("kNN accuracy needs held-out images of the same classes. Received: "
                         f"{'none' if held_out is None else f'{held_out.num_classes} classes, not {train.num_classes}'}. "
                         "Name them by data.eval_split.")
-    whole = construct(RECIPES, dict(name="eval", size=own.views.size), "views")
+    whole = evaluation_recipe(own, train)
     extractor = Extractor(method.encoder, method.normalize)
     column = ("backbone", "embedding").index(features)
     rows = []

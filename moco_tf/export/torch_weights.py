@@ -226,9 +226,9 @@ def _arguments(values):
 
 def checkpoint_of(method):
     """The Checkpoint of a MoCo method: both encoders, queue and pointer."""
-    batches = int(method.optimizer.iterations) if method.optimizer else 0
+    batches = int(method.optimizer.iterations.numpy()) if method.optimizer else 0
     return Checkpoint("pretraining", state_dict(method.encoder, batches), state_dict(method.key_encoder, batches),
-                      method.queue.keys.numpy(), int(method.queue.pointer))
+                      method.queue.keys.numpy(), int(method.queue.pointer.numpy()))
 
 
 def restore(method, checkpoint, backbone_only=False):
@@ -360,10 +360,10 @@ def _read_torch(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:    # a broken file can make the reader fail in any way
-        needs = re.search(r"GLOBAL ([\w.]+)", str(error)) or re.search(r"class (\S+)", str(error))
+        needs = re.search(r"GLOBAL ([\w.]+\w)|Unsupported (operand \d+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and needs:
             raise DataError("A PyTorch file may hold tensors and plain values only, so that reading it runs no code. "
-                            f"Received: {path}, which asks for {needs[1]}. Save its state dict alone.") from None
+                            f"Received: {path}, which asks for {needs[1] or needs[2]}. Save its state dict alone.") from None
         raise DataError(f"The file must be a whole PyTorch file. Received: {path}: {_line(error)}.") from None
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -467,4 +467,4 @@ def _need(module):
 
 
 def _line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return f"{type(error).__name__} {str(error).strip()}".splitlines()[0].rstrip(". ")

@@ -33,21 +33,23 @@ class EpochSchedule(keras.optimizers.schedules.LearningRateSchedule):
         epochs: of the run.
         steps_per_epoch: in optimizer steps.
         per_step: follow the curve within the epoch too; else one value an epoch, as MoCo v1 and v2 have it.
+        first_epoch: number of the run's first epoch, 0 or 1.
         warmup_epochs: the value rises linearly from 0 over these first epochs, within the epoch.
         options: further arguments of the schedule.
     """
 
-    def __init__(self, name, base, epochs, steps_per_epoch, per_step=False, warmup_epochs=0, **options):
+    def __init__(self, name, base, epochs, steps_per_epoch, per_step=False, warmup_epochs=0,
+                 first_epoch=0, **options):
         if name not in SCHEDULES:
             raise UsageError(f"schedule.name must be one of {', '.join(SCHEDULES)}. Received: {name!r}.")
         self.config = dict(name=name, base=base, epochs=epochs, steps_per_epoch=steps_per_epoch, per_step=per_step,
-                           warmup_epochs=warmup_epochs, **options)
+                           warmup_epochs=warmup_epochs, first_epoch=first_epoch, **options)
         self.curve = lambda epoch: SCHEDULES[name](epoch, epochs, base, **options)
 
     def __call__(self, step):
         config = self.config
         position = tf.cast(step, keras.backend.floatx()) / config["steps_per_epoch"]
-        value = self.curve(position if config["per_step"] else tf.floor(position))
+        value = self.curve(config["first_epoch"] + (position if config["per_step"] else tf.floor(position)))
         if config["warmup_epochs"]:
             warm = config["base"] * position / config["warmup_epochs"]
             value = tf.where(position < config["warmup_epochs"], warm, value)

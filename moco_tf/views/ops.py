@@ -14,8 +14,8 @@ import math
 
 import tensorflow as tf
 
-JITTERS = ("brightness", "contrast", "saturation", "hue")
-_ORDERS = tuple(itertools.permutations(range(len(JITTERS))))
+from moco_tf.errors import UsageError
+
 _BOX_PASSES = 3
 MAX_SIGMA = math.sqrt(6.0)      # from here on Pillow's box is wider than the five taps of `box_blur`
 
@@ -43,8 +43,8 @@ def to_planes(image):
 
 
 def to_image(planes):
-    """(3, H, W) float32 -> (H, W, 3) uint8, rounded."""
-    return tf.transpose(tf.cast(tf.clip_by_value(nearest(planes), 0.0, 255.0), tf.uint8), [1, 2, 0])
+    """(3, H, W) whole levels, float32 -> (H, W, 3) uint8."""
+    return tf.transpose(tf.cast(planes, tf.uint8), [1, 2, 0])
 
 
 def nearest(x):
@@ -54,11 +54,11 @@ def nearest(x):
 
 # --- geometry ---
 
-Span = collections.namedtuple("Span", "low length start scale")
-Span.__doc__ = """Where an axis of the output lies on an axis of the input.
+Frame = collections.namedtuple("Frame", "low length start scale")
+Frame.__doc__ = """Where an output lies on an input: (2,) tensors, of rows and of columns.
 
-Pixels `low` to `low + length` of the input take part; the centre of output pixel i is at
-`low + start + (i + 0.5) * scale`, in input pixels.
+Pixels `low` to `low + length` of the input take part (int32); the centre of output pixel i is at
+`low + start + (i + 0.5) * scale` (float32), in input pixels.
 """
 
 
@@ -100,89 +100,103 @@ def crop_box(numbers, height, width, scale, ratio=(3 / 4, 4 / 3)):
 
 
 def random_crop(size, scale):
-    """torchvision's RandomResizedCrop: (height, width, seed) -> a Span for the rows and one for the columns."""
-    def spans(height, width, seed):
-        top, left, rows, columns = crop_box(uniform(seed, [22]), height, width, scale)
-        return (Span(top, rows, 0.0, tf.cast(rows, tf.float32) / size),
-                Span(left, columns, 0.0, tf.cast(columns, tf.float32) / size))
-    return spans
+    """torchvision's RandomResizedCrop as a function (shape (2,), seed) -> Frame.
+
+    Args:
+        size: side of the output.
+        scale: (least, most) area of the crop, as a fraction of the image's.
+    """
+    if not 0.0 < scale[0] <= scale[1] <= 1.0:
+        raise UsageError(
+            "A crop's least and most area must be fractions of the image, 0 < least <= most <= 1. "
+            f"Received: {scale[0]}, {scale[1]}. Set views.crop_min to something like 0.2.")
+
+    def frame(shape, seed):
+        top, left, height, width = crop_box(uniform(seed, [22]), shape[0], shape[1], scale)
+        length = tf.stack([height, width])
+        return Frame(tf.stack([top, left]), length, tf.zeros([2]), tf.cast(length, tf.float32) * (1.0 / size))
+    return frame
 
 
 def central_crop(size, shorter_side):
-    """Shorter side to `shorter_side`, then the middle `size` x `size` pixels: as `random_crop`, but the seed is unused."""
-    def spans(height, width, seed):
+    """Shorter side to `shorter_side`, then the middle `size` x `size` pixels: (shape (2,), seed) -> Frame."""
+    def frame(shape, seed):
         del seed
-        shortest = tf.minimum(height, width)
-
-        def span(length):
-            resized = shorter_side * length // shortest
-            offset = tf.round(tf.cast(resized - size, tf.float32) / 2)
-            scale = tf.cast(length, tf.float32) / tf.cast(resized, tf.float32)
-            return Span(tf.zeros_like(length), length, offset * scale, scale)
-
-        return span(height), span(width)
-    return spans
+        resized = shorter_side * shape // tf.reduce_min(shape)
+        offset = tf.round(tf.cast(resized - size, tf.float32) / 2.0)
+        scale = tf.cast(shape, tf.float32) / tf.cast(resized, tf.float32)
+        return Frame(tf.zeros_like(shape), shape, offset * scale, scale)
+    return frame
 
 
-def _triangle(distance, radius, inside):
-    """Rows of weights of the antialiased bilinear filter, each row of sum 1."""
-    weights = tf.where(inside, tf.nn.relu(1.0 - tf.abs(distance) / radius), 0.0)
+def filter_weights(frame, size, pixels):
+    """The antialiased bilinear filter: a triangle, widened when shrinking, of sum 1 within the frame.
+
+    Args:
+        frame: a Frame.
+        size: side of the output.
+        pixels: (2, size, taps) or (2, 1, taps) int32, pixels to weigh for each output pixel, counted from `frame.low`.
+
+    Returns:
+        (2, size, taps) float32, 0 for pixels outside the frame.
+    """
+    start, scale, length = frame.start[:, None], frame.scale[:, None], frame.length[:, None, None]
+    centres = start + (tf.range(size, dtype=tf.float32) + 0.5) * scale
+    distance = tf.abs(tf.cast(pixels, tf.float32) + 0.5 - centres[:, :, None])
+    weights = tf.nn.relu(1.0 - distance / tf.maximum(scale, 1.0)[:, :, None])
+    weights = tf.where((pixels >= 0) & (pixels < length), weights, 0.0)
     return weights / tf.reduce_sum(weights, -1, keepdims=True)
 
 
-def _dense_weights(span, size, length):
-    """(size, length) filter over a whole axis of `length` pixels."""
-    pixels = tf.range(length)
-    centres = tf.cast(span.low, tf.float32) + span.start + (tf.range(size, dtype=tf.float32) + 0.5) * span.scale
-    distance = tf.cast(pixels, tf.float32) + 0.5 - centres[:, None]
-    inside = (pixels >= span.low) & (pixels < span.low + span.length)
-    return _triangle(distance, tf.maximum(span.scale, 1.0), inside)
-
-
-def _sparse_weights(span, size):
-    """The same filter over the `span.length` pixels from `span.low` on, without its zeros."""
-    radius = tf.maximum(span.scale, 1.0)
-    taps = tf.cast(tf.math.ceil(2.0 * radius), tf.int32) + 1
-    centres = span.start + (tf.range(size, dtype=tf.float32) + 0.5) * span.scale
-    pixels = tf.cast(tf.floor(centres - radius), tf.int32)[:, None] + tf.range(taps)
-    weights = _triangle(tf.cast(pixels, tf.float32) + 0.5 - centres[:, None], radius,
-                        (pixels >= 0) & (pixels < span.length))
-    rows = tf.repeat(tf.range(size), taps)
-    columns = tf.reshape(tf.clip_by_value(pixels, 0, span.length - 1), [-1])
-    indices = tf.cast(tf.stack([rows, columns], 1), tf.int64)
-    return tf.SparseTensor(indices, tf.reshape(weights, [-1]), tf.cast([size, span.length], tf.int64))
-
-
-def resample(image, rows, columns, size):
+def resample(image, frame, size):
     """Antialiased bilinear resize of a part of an image of any shape, on the host.
 
-    The filter has a few weights per output pixel, and `tf.image.resize` with antialias, which finds the same numbers,
-    takes twice the time of these two sparse products.
+    Only a few pixels have a weight in each output pixel, so the filter is sparse: half the time of `tf.image.resize`
+    with antialias, for the same numbers.
 
     Args:
         image: (H, W, 3) uint8.
-        rows, columns: Span of the output on either axis.
+        frame: the part, and how it is scaled.
         size: side of the output.
 
     Returns:
-        (size, size, 3) float32.
+        (size, size, 3) float32, columns before rows.
     """
-    part = image[rows.low:rows.low + rows.length, columns.low:columns.low + columns.length]
-    part = tf.reshape(tf.cast(part, tf.float32), [rows.length, columns.length * 3])
-    part = tf.sparse.sparse_dense_matmul(_sparse_weights(rows, size), part)
-    part = tf.transpose(tf.reshape(part, [size, columns.length, 3]), [1, 0, 2])
-    part = tf.reshape(part, [columns.length, size * 3])
-    part = tf.sparse.sparse_dense_matmul(_sparse_weights(columns, size), part)
-    return tf.transpose(tf.reshape(part, [size, size, 3]), [1, 0, 2])
+    top, left = tf.unstack(frame.low)
+    height, width = tf.unstack(frame.length)
+    radius = tf.maximum(frame.scale, 1.0)[:, None]
+    centres = frame.start[:, None] + (tf.range(size, dtype=tf.float32) + 0.5) * frame.scale[:, None]
+    taps = tf.range(tf.cast(tf.math.ceil(2.0 * tf.reduce_max(radius)), tf.int32) + 1)
+    pixels = tf.cast(tf.floor(centres - radius), tf.int32)[:, :, None] + taps
+    weights = tf.reshape(filter_weights(frame, size, pixels), [2, -1])
+    inputs = tf.reshape(tf.clip_by_value(pixels, 0, frame.length[:, None, None] - 1), [2, -1])
+    outputs = tf.repeat(tf.range(size), tf.size(taps))
+    places = tf.cast(tf.stack([tf.stack([outputs, outputs]), inputs], -1), tf.int64)
+
+    def product(axis, length, lines):
+        sparse = tf.SparseTensor(places[axis], weights[axis], tf.cast([size, length], tf.int64))
+        return tf.sparse.sparse_dense_matmul(sparse, lines)
+
+    part = tf.cast(image[top:top + height, left:left + width], tf.float32)
+    part = product(0, height, tf.reshape(part, [height, width * 3]))
+    part = tf.transpose(tf.reshape(part, [size, width, 3]), [1, 0, 2])
+    part = product(1, width, tf.reshape(part, [width, size * 3]))
+    return tf.reshape(part, [size, size, 3])
 
 
-def resample_planes(image, rows, columns, size):
-    """As `resample`, to (3, size, size) planes, with shapes that XLA can compile; for small images of one shape."""
+def resample_planes(image, frame, size):
+    """As `resample`, for a static image shape, by full matrices: XLA can compile it. For small images.
+
+    Returns:
+        (3, size, size) float32 planes.
+    """
     height, width, _ = image.shape
+    side = max(height, width)
+    weights = filter_weights(frame, size, tf.range(side) - frame.low[:, None, None])
     part = tf.reshape(tf.cast(image, tf.float32), [height, width * 3])
-    part = tf.matmul(_dense_weights(rows, size, height), part)
+    part = tf.matmul(weights[0, :, :height], part)
     part = tf.transpose(tf.reshape(part, [size, width, 3]), [2, 0, 1])
-    part = tf.matmul(tf.reshape(part, [3 * size, width]), _dense_weights(columns, size, width), transpose_b=True)
+    part = tf.matmul(tf.reshape(part, [3 * size, width]), weights[1, :, :width], transpose_b=True)
     return tf.reshape(part, [3, size, size])
 
 
@@ -249,35 +263,36 @@ def hue(planes, turn, levels=True):
 
 
 def _wrap(x, period):
-    """Into [0, period), from one period below to one above; tf.math.floormod is not vectorised and ten times slower."""
+    """Into [0, period) from one period below or above; tf.math.floormod is not vectorised and far slower."""
     return tf.where(x < 0.0, x + period, tf.where(x < period, x, x - period))
 
 
-def jitter(planes, factors, order, count=4, levels=True):
-    """The first `count` of four adjustments in a given order (torchvision's ColorJitter).
+JITTERS = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
 
-    A loop over a switch, because XLA compiles that in a tenth of the time of four switches in a row, and really skips
-    what is not asked for.
+
+def jitter(planes, names, factors, order, levels=True):
+    """Adjustments one after the other, as torchvision's ColorJitter.
+
+    A loop over a switch, because XLA compiles that in a tenth of the time of several switches in a row, and really
+    skips what is not asked for.
 
     Args:
-        factors: (4,) of brightness, contrast, saturation, hue.
-        order: (4,) int32, a permutation of 0..3, which number those.
+        names: of some of `JITTERS`.
+        factors: (len(names),) of each.
+        order: (n,) int32, positions in `names`, in the order in which they apply.
     """
-    adjustments = (brightness, contrast, saturation, hue)
-
     def adjust(i, planes):
-        choose = order[i]
-        return i + 1, tf.switch_case(choose, [
-            lambda f=f, k=k: f(planes, factors[k], levels) for k, f in enumerate(adjustments)])
+        return i + 1, tf.switch_case(order[i], [
+            lambda name=name, k=k: JITTERS[name](planes, factors[k], levels) for k, name in enumerate(names)])
 
-    return tf.while_loop(lambda i, _: i < count, adjust, (0, planes))[1]
+    return tf.while_loop(lambda i, _: i < tf.size(order), adjust, (0, planes))[1]
 
 
 def box_weights(sigma):
-    """Weights of the pixels at distance 1 and 2 in one of Pillow's box blurs for GaussianBlur(sigma).
+    """Weights of the pixels at distance 1 and 2 in one of Pillow's box blurs, and what all five weights lack of 1.
 
-    The box of half-width l + a has 2 l + 1 full pixels and a fraction a of the next on either side; three of them have
-    the variance of the Gaussian (Gwosdek et al., Theoretical Foundations of Gaussian Convolution by Extended Box
+    For GaussianBlur(sigma) the box of half-width l + a has 2 l + 1 full pixels and a fraction a of the next on either side;
+    three of them have the variance of the Gaussian (Gwosdek et al., Theoretical Foundations of Gaussian Convolution by Extended Box
     Filtering, 2011). Five taps hold it for sigma < `MAX_SIGMA`.
     """
     variance = sigma * sigma / _BOX_PASSES
@@ -311,7 +326,7 @@ def _repeat_edges(lines):
 
 
 def blur(planes, sigma, levels=True):
-    """Pillow's GaussianBlur(sigma), 0 < sigma < `MAX_SIGMA`: three box blurs along the rows, then three along the columns.
+    """Pillow's GaussianBlur(sigma), 0 < sigma < `MAX_SIGMA`: three box blurs along rows, then three along columns.
 
     Both run along the first axis of a matrix, where repeated edges are whole rows and XLA vectorises everything.
     """
@@ -320,8 +335,9 @@ def blur(planes, sigma, levels=True):
 
     def three(lines):
         # A loop, because XLA would otherwise fuse the passes and compute each again for every tap of the next.
-        step = lambda i, lines: (i + 1, box_blur(lines, weights, levels))
-        return tf.while_loop(lambda i, _: i < _BOX_PASSES, step, (0, _repeat_edges(lines)))[1][2:-2]
+        def one(i, lines):
+            return i + 1, box_blur(lines, weights, levels)
+        return tf.while_loop(lambda i, _: i < _BOX_PASSES, one, (0, _repeat_edges(lines)))[1][2:-2]
 
     columns = tf.reshape(tf.transpose(planes, [2, 0, 1]), [width, 3 * height])
     rows = tf.transpose(tf.reshape(three(columns), [width, 3, height]), [2, 1, 0])
@@ -342,48 +358,51 @@ def flip(planes):
 # --- random stages ---
 
 
-def random_jitter(brightness, contrast, saturation, hue, probability=1.0):
-    """torchvision's ColorJitter: factors from [max(0, 1 - strength), 1 + strength], hue from [-hue, hue], any order."""
-    strengths = (brightness, contrast, saturation)
-    low = tf.constant([max(0.0, 1.0 - s) for s in strengths] + [-hue])
-    high = tf.constant([1.0 + s for s in strengths] + [hue])
+def random_jitter(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, probability=1.0):
+    """torchvision's ColorJitter, all or nothing: each strength that is not 0 adds an adjustment, in any order.
 
-    def stage(planes, seed):
-        numbers = uniform(seed, [6])
-        order = tf.gather(tf.constant(_ORDERS), tf.cast(numbers[4] * len(_ORDERS), tf.int32))
-        count = tf.where(numbers[5] < probability, len(JITTERS), 0)
-        return jitter(planes, low + (high - low) * numbers[:4], order, count)
-    return stage
+    Factors come from [max(0, 1 - strength), 1 + strength], the turn of the hue from [-hue, hue].
+    """
+    strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
+    names = [name for name, strength in strengths.items() if strength]
+    middle = {name: 0.0 if name == "hue" else 1.0 for name in names}
+    low = tf.constant([max(middle[n] - strengths[n], -0.5 if n == "hue" else 0.0) for n in names])
+    high = tf.constant([middle[n] + strengths[n] for n in names])
+    orders = list(itertools.permutations(range(len(names))))
+
+    def change(planes, numbers):
+        order = tf.gather(tf.constant(orders), tf.cast(numbers[-1] * len(orders), tf.int32))
+        return jitter(planes, names, low + (high - low) * numbers[:-1], order)
+    return _sometimes(probability, change, len(names) + 1) if names else _unchanged
 
 
 def random_grayscale(probability):
-    return _sometimes(probability, grayscale)
+    return _sometimes(probability, lambda planes, _: grayscale(planes))
 
 
 def random_flip(probability):
-    return _sometimes(probability, flip)
+    return _sometimes(probability, lambda planes, _: flip(planes))
 
 
-def random_solarize(probability):
-    return _sometimes(probability, solarize)
-
-
-def _sometimes(probability, change):
-    def stage(planes, seed):
-        return tf.cond(uniform(seed, [1])[0] < probability, lambda: change(planes), lambda: planes)
-    return stage
-
-
-def random_blur(sigma, probability):
-    """Gaussian blur, `sigma` (least, most) in pixels; Pillow's, so valid below `MAX_SIGMA`."""
+def random_blur(sigma, probability=1.0):
+    """Pillow's Gaussian blur, `sigma` (least, most) in pixels of the view, below `MAX_SIGMA`."""
     if not 0.0 < sigma[0] <= sigma[1] < MAX_SIGMA:
-        raise ValueError(f"The blur is built for 0 < sigma < {MAX_SIGMA:.2f} pixels. Received: sigma {sigma}.")
+        raise UsageError(f"The blur is built for 0 < sigma < {MAX_SIGMA:.2f} pixels. Received: sigma {sigma}.")
+    return _sometimes(
+        probability, lambda planes, numbers: blur(planes, sigma[0] + (sigma[1] - sigma[0]) * numbers[0]), 1)
 
+
+def _sometimes(probability, change, count=0):
+    """A stage that applies `change(planes, numbers)`, `count` uniform numbers, or returns its input untouched."""
     def stage(planes, seed):
-        numbers = uniform(seed, [2])
-        return tf.cond(numbers[1] < probability,
-                       lambda: blur(planes, sigma[0] + (sigma[1] - sigma[0]) * numbers[0]), lambda: planes)
+        numbers = uniform(seed, [1 + count])
+        return tf.cond(numbers[0] < probability, lambda: change(planes, numbers[1:]), lambda: planes)
     return stage
+
+
+def _unchanged(planes, seed):
+    del seed
+    return planes
 
 
 # --- the first op of the training step ---
@@ -392,7 +411,7 @@ def random_blur(sigma, probability):
 def normalize(images, mean, std, dtype=tf.float32):
     """(B, H, W, 3) uint8 -> the same shape in `dtype`, (x / 255 - mean) / std, computed in float32.
 
-    One multiply-add on rows of W * 3 numbers: a broadcast over a last axis of 3 takes nine times as long.
+    One multiply-add on rows of W * 3 numbers, because a broadcast over a last axis of 3 is slower.
     """
     batch, height, width, _ = images.shape
     scale = tf.tile([1.0 / (255.0 * s) for s in std], [width])

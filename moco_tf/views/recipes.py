@@ -11,6 +11,7 @@ import tensorflow as tf
 from moco_tf.views import ops
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+FASHION_MNIST = dict(mean=(0.286,) * 3, std=(0.353,) * 3)
 CIFAR = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
 
@@ -19,37 +20,36 @@ class View:
 
     Args:
         size: side of the view.
-        crop: (height, width, seed) -> Span of rows and of columns; `ops.random_crop` or `ops.central_crop`.
+        crop: (shape, seed) -> Frame; `ops.random_crop` or `ops.central_crop`.
         stages: (planes, seed) -> planes each.
         xla: whether XLA compiles the stages. Without it they take several times as long and give the same levels.
     """
 
     def __init__(self, size, crop, stages=(), xla=True):
         self.size, self.crop, self.stages = size, crop, tuple(stages)
-        self._finish = tf.function(self._stages_of_image, jit_compile=xla)
+        self._finish = tf.function(self._of_columns, jit_compile=xla)
 
     def __call__(self, image, seed):
         """(H, W, 3) uint8 of any size, (2,) int32 -> (size, size, 3) uint8."""
-        seeds = ops.split(seed, 1 + len(self.stages))
-        shape = tf.shape(image)
-        rows, columns = self.crop(shape[0], shape[1], seeds[0])
-        resized = ops.resample(image, rows, columns, self.size)
-        resized = tf.ensure_shape(tf.cast(ops.nearest(resized), tf.uint8), [self.size, self.size, 3])
-        return self._finish(resized, seeds) if self.stages else resized
+        frame = self.crop(tf.shape(image)[:2], self._seeds(seed)[0])
+        return self._finish(ops.resample(image, frame, self.size), seed)
+
+    def _of_columns(self, columns, seed):
+        return self._run(tf.transpose(columns, [2, 1, 0]), seed)
 
     def of_shape(self, image, seed):
         """As a call, in operations that XLA can compile because `image` has a static shape."""
-        seeds = ops.split(seed, 1 + len(self.stages))
-        rows, columns = self.crop(tf.constant(image.shape[0]), tf.constant(image.shape[1]), seeds[0])
-        return ops.to_image(self._run(ops.nearest(ops.resample_planes(image, rows, columns, self.size)), seeds))
+        frame = self.crop(tf.constant(list(image.shape[:2])), self._seeds(seed)[0])
+        return self._run(ops.resample_planes(image, frame, self.size), seed)
 
-    def _stages_of_image(self, image, seeds):
-        return ops.to_image(self._run(ops.to_planes(image), seeds))
+    def _run(self, planes, seed):
+        planes = ops.nearest(planes)
+        for stage, stage_seed in zip(self.stages, tf.unstack(self._seeds(seed))[1:]):
+            planes = stage(planes, stage_seed)
+        return ops.to_image(planes)
 
-    def _run(self, planes, seeds):
-        for number, stage in enumerate(self.stages, start=1):
-            planes = stage(planes, seeds[number])
-        return planes
+    def _seeds(self, seed):
+        return ops.split(seed, 1 + len(self.stages))
 
 
 class Recipe:
@@ -126,13 +126,13 @@ def cifar(size=32, crop_min=0.08, xla=True):
     return _alike(view, CIFAR, xla)
 
 
-def quickstart(size=28, crop_min=0.2, flip=0.5, brightness=0.4, contrast=0.4, jitter=0.8, blur=0.0, xla=True):
-    """For small grey images, where saturation and hue do nothing; `flip`, `jitter` and `blur` are probabilities."""
+def quickstart(size=28, crop_min=0.2, brightness=0.4, contrast=0.4, jitter=0.8, blur=0.0, flip=0.5, xla=True):
+    """For small grey images, which have no saturation and no hue; `jitter`, `blur` and `flip` are probabilities."""
     view = View(size, ops.random_crop(size, (crop_min, 1.0)), [
-        ops.random_jitter(brightness, contrast, 0.0, 0.0, probability=jitter),
+        ops.random_jitter(brightness, contrast, probability=jitter),
         ops.random_blur((0.1, 2.0), probability=blur),
         ops.random_flip(flip)], xla)
-    return _alike(view, IMAGENET, xla)
+    return _alike(view, FASHION_MNIST, xla)
 
 
 def train_linear(size=224, crop_min=0.08, xla=True):
@@ -141,9 +141,13 @@ def train_linear(size=224, crop_min=0.08, xla=True):
     return Recipe({"image": view}, **IMAGENET, xla=xla)
 
 
-def evaluation(size=224, xla=True):
-    """Shorter side to 256/224 of the size, centre crop; the seed is not used."""
-    return Recipe({"image": View(size, ops.central_crop(size, size * 256 // 224), (), xla)}, **IMAGENET, xla=xla)
+def evaluation(size=224, shorter_side=None, xla=True):
+    """Resize to `shorter_side` (256/224 of the size; the size itself leaves small images whole), then centre crop.
+
+    The seed is not used. Normalise with the constants of the recipe that the encoder was trained with.
+    """
+    crop = ops.central_crop(size, shorter_side or size * 256 // 224)
+    return Recipe({"image": View(size, crop, (), xla)}, **IMAGENET, xla=xla)
 
 
 RECIPES = {

@@ -175,12 +175,13 @@ def test_a_malicious_file_is_refused_and_not_executed(tmp_path, write):
     path = tmp_path / "evil.pth"
     content = {"state_dict": {"conv1.weight": torch.zeros(1)}, "args": Attack()}
     if write == "pickle":
-        path.write_bytes(pickle.dumps(content))
+        path.write_bytes(pickle.dumps(content))    # not a file that torch.save would write
     else:
         torch.save(content, path, _use_new_zipfile_serialization=write == "torch")
     with pytest.raises(DataError) as caught:
         torch_weights.convert(str(path), str(tmp_path / "out.pth"), "torchvision")
-    assert "\n" not in str(caught.value) and "runs no code" in str(caught.value) and "mkdir" in str(caught.value)
+    assert "\n" not in str(caught.value) and "runs no code" in str(caught.value)
+    assert write == "pickle" or "asks for posix.mkdir" in str(caught.value)
     assert os.listdir(tmp_path) == ["evil.pth"]
 
 

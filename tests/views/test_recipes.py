@@ -1,0 +1,138 @@
+"""The recipes are the papers', reproducible, and the same by every route."""
+
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from moco_tf.views import ops
+from moco_tf.views.recipes import RECIPES
+
+
+def noise(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+def seeds(count):
+    return tf.stack([tf.range(count), 7 * tf.range(count)], 1)
+
+
+JITTER_V2 = ("random_jitter", 0.4, 0.4, 0.4, 0.1, 0.8)
+PAPERS = {    # crop, then stages in order with their probabilities
+    "moco_v1": [("random_crop", (0.2, 1.0)), ("random_grayscale", 0.2), ("random_jitter", 0.4, 0.4, 0.4, 0.4),
+                ("random_flip", 0.5)],
+    "moco_v2": [("random_crop", (0.2, 1.0)), JITTER_V2, ("random_grayscale", 0.2), ("random_blur", (0.1, 2.0), 0.5),
+                ("random_flip", 0.5)],
+    "insdis": [("random_crop", (0.2, 1.0)), ("random_grayscale", 0.2), ("random_jitter", 0.4, 0.4, 0.4, 0.4),
+               ("random_flip", 0.5)],
+    "cifar": [("random_crop", (0.08, 1.0)), ("random_flip", 0.5), JITTER_V2, ("random_grayscale", 0.2)],
+    "train_linear": [("random_crop", (0.08, 1.0)), ("random_flip", 0.5)],
+    "eval": [("central_crop", 256)],
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_recipe_is_the_papers(monkeypatch, name):
+    made = []
+
+    def record(kind):
+        def make(*args, **kwargs):
+            args = args[1:] if kind.endswith("crop") else args      # not the size
+            made.append((kind, *args, *kwargs.values()))
+        monkeypatch.setattr(ops, kind, make)
+
+    for kind in ("random_crop", "central_crop", "random_grayscale", "random_jitter", "random_blur", "random_flip"):
+        record(kind)
+    RECIPES[name](size=224)
+    assert made == PAPERS[name]
+
+
+@pytest.mark.parametrize("name, views", [
+    ("moco_v1", {"query", "key"}), ("moco_v2", {"query", "key"}), ("cifar", {"query", "key"}),
+    ("quickstart", {"query", "key"}), ("insdis", {"query"}), ("train_linear", {"image"}), ("eval", {"image"})])
+def test_views_have_names_shapes_and_constants(name, views):
+    recipe = RECIPES[name](size=16)
+    drawn = recipe.apply(tf.constant(noise(20, 33, 3)), tf.constant([1, 2]))
+    assert set(drawn) == set(recipe.views) == views
+    assert all(view.shape == (16, 16, 3) and view.dtype == tf.uint8 for view in drawn.values())
+    assert len(recipe.mean) == len(recipe.std) == 3
+
+
+@pytest.mark.parametrize("name, grey, jittered, flipped", [
+    ("moco_v1", 0.2, 0.9875, 0.5), ("moco_v2", 0.2, 0.79, 0.5), ("cifar", 0.2, 0.79, 0.5)])
+def test_probabilities(name, grey, jittered, flipped):
+    """On images where each shows: a colour ramp for grey; even grey, that brightness alone changes; a grey ramp."""
+    recipe, count = RECIPES[name](size=8), 1200
+
+    def drawn(image):
+        images = tf.tile(image[None].astype(np.uint8), [count, 1, 1, 1])
+        return recipe.apply_batch(images, seeds(count))["query"].numpy()
+
+    colour = drawn(np.broadcast_to([200.0, 60.0, 100.0], (12, 12, 3)))
+    assert abs(np.mean(np.ptp(colour.astype(int), axis=3).max((1, 2)) == 0) - grey) < 0.06
+    even = drawn(np.full((12, 12, 3), 100.0))       # floor(100 f) = 100 for f in [1, 1.01), 1/80 of the range
+    assert abs(np.mean(even[:, 0, 0, 0] != 100) - jittered) < 0.06
+    ramp = drawn(np.broadcast_to(np.arange(12.0)[None, :, None] * 20, (12, 12, 3)))
+    assert abs(np.mean(ramp[:, 4, 7, 0] < ramp[:, 4, 0, 0]) - flipped) < 0.07
+
+
+def test_same_seed_same_pixels_in_any_parallelism():
+    recipe = RECIPES["moco_v2"](size=32)
+    images = tf.constant(noise(6, 50, 70, 3))
+
+    def drawn(calls):
+        data = tf.data.Dataset.range(24).map(
+            lambda i: recipe.apply(images[i % 6, :40 + i, :], tf.cast(tf.stack([i, 5]), tf.int32)),
+            num_parallel_calls=calls)
+        return list(data.as_numpy_iterator())
+
+    one, four = drawn(1), drawn(4)
+    for first, second in zip(one, four):
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+    assert np.any(one[0]["query"] != one[0]["key"])
+    assert np.any(one[0]["query"] != one[6]["query"])
+
+
+@pytest.mark.parametrize("name", ["moco_v2", "quickstart"])
+def test_batches_and_plain_tensorflow_draw_the_same_views(name):
+    """The same numbers by other sums: at a rounding edge a level, rarely more after an amplifying adjustment."""
+    count, images = 12, tf.constant(noise(12, 28, 28, 3))
+    recipe, plain = RECIPES[name](size=28), RECIPES[name](size=28, xla=False)
+    batch = recipe.apply_batch(images, seeds(count))
+    for apply in (tf.function(recipe.apply), tf.function(plain.apply)):
+        for view in batch:
+            each = np.stack([apply(images[i], seeds(count)[i])[view] for i in range(count)])
+            differences = np.abs(each.astype(int) - batch[view].numpy())
+            assert differences.max() <= 4 and np.mean(differences > 0) < 0.01
+    plain_batch = plain.apply_batch(images, seeds(count))
+    for view in batch:
+        assert np.mean(batch[view] != plain_batch[view]) < 0.01
+
+
+def test_xla_compiles_once_and_soon():
+    recipe = RECIPES["moco_v2"](size=224)
+    apply = tf.function(recipe.apply, input_signature=[
+        tf.TensorSpec([None, None, 3], tf.uint8), tf.TensorSpec([2], tf.int32)])
+    times = []
+    for i in range(8):
+        image = tf.constant(noise(240 + 9 * i, 300 - 5 * i, 3))
+        start = time.perf_counter()
+        apply(image, tf.constant([i, 3 * i]))
+        times.append(time.perf_counter() - start)
+    assert times[0] < 60.0
+    assert np.median(times[1:]) < times[0] / 4      # a new image or seed that compiled again would take as long
+
+
+def test_eval_can_leave_small_images_whole():
+    image = noise(28, 28, 3)
+    drawn = RECIPES["eval"](size=28, shorter_side=28).apply(tf.constant(image), tf.constant([0, 0]))["image"]
+    np.testing.assert_array_equal(drawn, image)
+
+
+def test_crop_min_one_without_stages_is_the_whole_image():
+    recipe = RECIPES["quickstart"](size=28, crop_min=1.0, jitter=0.0, flip=0.0)
+    image = noise(28, 28, 3)
+    # Area 1 fits only at aspect 1; otherwise the fallback is the whole square too.
+    np.testing.assert_array_equal(recipe.apply(tf.constant(image), tf.constant([4, 4]))["key"], image)

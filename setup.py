@@ -23,6 +23,7 @@ setup(
     install_requires=[
         "tensorflow>=2.15,<2.16",
         "tensorflow-datasets>=4.9,<5",
+        "tensorflow-metadata<1.18",    # newer ones need protobuf 5, which TensorFlow 2.15 does not run with
         "tensorflow-addons>=0.23,<0.24",
         "numpy>=1.23,<2",
         "absl-py>=1.0",
@@ -33,7 +34,7 @@ setup(
         "gpu": ["tensorflow[and-cuda]>=2.15,<2.16"],
         "torch": ["torch>=2.1", "safetensors>=0.4"],
         "plots": ["matplotlib>=3.5", "scikit-learn>=1.0"],
-        "test": ["pytest>=7", "pillow>=9", "scikit-learn>=1.0", "matplotlib>=3.5", "safetensors>=0.4", "torch>=2.1"],
+        "test": ["pytest>=7", "pillow>=9", "scikit-learn>=1.0", "matplotlib>=3.5", "safetensors>=0.4", "torch==2.13.0"],
     },
     entry_points={"console_scripts": ["moco-tf=moco_tf.cli:main"]},
     classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],

@@ -18,8 +18,9 @@ def key_permutation(seed, step, batch, group):
         (batch,) int32.
     """
     def draw(attempt):
-        numbers = tf.random.stateless_uniform([batch], seed=tf.stack([tf.cast(seed, tf.int32) + 7919 * attempt,
-                                                                      tf.cast(step, tf.int32)]))
+        key = tf.stack([tf.cast(seed, tf.int32) + 7919 * attempt, tf.cast(step, tf.int32)])
+        # Integers: XLA and plain TensorFlow draw the same ones, of floats they do not.
+        numbers = tf.random.stateless_uniform([batch], seed=key, minval=None, maxval=None, dtype=tf.int32)
         return tf.argsort(numbers, stable=True)
 
     def coincides(permutation):

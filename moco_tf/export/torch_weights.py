@@ -197,13 +197,18 @@ def architecture(encoder):
                     groups=groups if bottleneck else 1,
                     width_per_group=inner * 64 // (groups * planes) if bottleneck else 64,
                     stem="imagenet" if stem.shape[2] == 7 else "cifar", channels=stem.shape[1])
-    linears = sorted(name for name in encoder if name.startswith(HEAD) and name.endswith("weight"))
-    if not linears:
+    widths = [encoder[name].shape[0] for name in sorted(encoder, key=_layer_number)
+              if name.startswith(HEAD) and name.endswith("weight")]
+    if not widths:
         return {"backbone": backbone, "head": None}
-    head = dict(name="linear" if linears == ["fc.weight"] else "mlp", dim=encoder[linears[-1]].shape[0])
+    head = dict(name="linear" if "fc.weight" in encoder else "mlp", dim=widths[-1])
     if head["name"] == "mlp":
-        head.update(hidden_dim=encoder[linears[0]].shape[0], layers=len(linears))
+        head["hidden_dim"] = widths[0] if len(widths) == 2 else tuple(widths[:-1])
     return {"backbone": backbone, "head": head}
+
+
+def _layer_number(name):
+    return int((re.findall(r"\d+", name) or [0])[0])
 
 
 def describe(checkpoint):

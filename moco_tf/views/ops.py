@@ -291,9 +291,9 @@ def jitter(planes, names, factors, order, levels=True):
 def box_weights(sigma):
     """Weights of the pixels at distance 1 and 2 in one of Pillow's box blurs, and what all five weights lack of 1.
 
-    For GaussianBlur(sigma) the box of half-width l + a has 2 l + 1 full pixels and a fraction a of the next on either side;
-    three of them have the variance of the Gaussian (Gwosdek et al., Theoretical Foundations of Gaussian Convolution by Extended Box
-    Filtering, 2011). Five taps hold it for sigma < `MAX_SIGMA`.
+    For GaussianBlur(sigma) the box of half-width l + a has 2 l + 1 full pixels and a fraction a of the next on either
+    side; three of them have the variance of the Gaussian (Gwosdek et al., Theoretical Foundations of Gaussian
+    Convolution by Extended Box Filtering, 2011). Five taps hold it for sigma < `MAX_SIGMA`.
     """
     variance = sigma * sigma / _BOX_PASSES
     whole = tf.floor((tf.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)

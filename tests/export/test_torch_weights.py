@@ -207,8 +207,13 @@ def test_the_architecture_is_read_off_the_shapes(arguments):
 
 
 def test_the_head_is_read_off_the_shapes():
-    heads = [torch_weights.architecture(torch_weights.state_dict(small_encoder(head)))["head"] for head in (linear, mlp)]
-    assert heads == [dict(name="linear", dim=8), dict(name="mlp", dim=8, hidden_dim=64, layers=2)]
+    def deep(features, dim):
+        return mlp(features, dim, hidden_dim=(32, 32, 16, 16, 16, 16))    # fc.10 and fc.12 must come after fc.2
+
+    heads = [torch_weights.architecture(torch_weights.state_dict(small_encoder(head)))["head"]
+             for head in (linear, mlp, deep)]
+    assert heads == [dict(name="linear", dim=8), dict(name="mlp", dim=8, hidden_dim=64),
+                     dict(name="mlp", dim=8, hidden_dim=(32, 32, 16, 16, 16, 16))]
 
 
 def test_a_description_names_kind_encoder_and_queue():

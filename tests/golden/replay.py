@@ -108,7 +108,7 @@ def build_encoder(settings, bn_group_size=None):
     if head:
         arguments = dict(dim=head["dims"][-1])
         if head["kind"] == "mlp":
-            arguments.update(hidden_dim=head["dims"][1], layers=len(head["dims"]) - 1)
+            arguments.update(hidden_dim=tuple(head["dims"][1:-1]))
         model = encoder(model, lambda features: HEADS[head["kind"]](features, **arguments))
     state = {name: weights.param(name, value.shape, settings["seed"]) for name, value in state_dict(model).items()}
     load_into(model, state)

@@ -52,12 +52,13 @@ def knn(argv):
 def data(argv):
     """Looks at images, or packs them into TFRecord shards.
 
-    moco-tf data check PATH [--split=train]
+    moco-tf data check PATH [--split=val]
     moco-tf data pack PATH OUT [--split=train] [--shards=N] [--overwrite]
     """
     values = _flags()
-    flags.DEFINE_string("split", "train", "Sub-folder of PATH, where it has such.", flag_values=values)
-    flags.DEFINE_integer("shards", 0, "pack: number of files; 0: files of about 128 MB.", flag_values=values)
+    flags.DEFINE_string("split", None, "check: sub-folder of PATH to look at; left out: all below PATH. pack: sub-folder "
+                        "to pack, if there is such (default: train).", flag_values=values)
+    flags.DEFINE_integer("shards", 0, "pack: number of files; 0: files of about 150 MB.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "pack: replace a finished pack.", flag_values=values)
     _, rest = _parse(argv, values)
     wanted = {"check": 2, "pack": 3}
@@ -71,7 +72,7 @@ def data(argv):
             raise DataError(f"Every image should be readable. Found {len(report.unreadable)} that are not (listed above); "
                             "training skips them up to data.max_unreadable.")
     else:
-        print(tools.format_packed(tools.pack(rest[1], rest[2], values.split, shards=values.shards or None,
+        print(tools.format_packed(tools.pack(rest[1], rest[2], values.split or "train", shards=values.shards or None,
                                              overwrite=values.overwrite)))
 
 

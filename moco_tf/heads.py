@@ -30,7 +30,7 @@ HEADS = {"linear": linear, "mlp": mlp}
 
 
 def encoder(backbone, head):
-    """The model images -> embeddings. `head`: features tensor -> embedding tensor; the layers stay those of `backbone`."""
+    """The model images -> embeddings, flat, of the backbone's own layers. `head`: features tensor -> embedding."""
     return keras.Model(backbone.input, head(backbone.output), name="encoder")
 
 

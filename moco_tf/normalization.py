@@ -9,8 +9,9 @@ keras = tf.keras
 class BatchNorm(keras.layers.Layer):
     """Batch normalisation as PyTorch defines it, over groups of `group_size` consecutive images.
 
-    MoCo v1 and v2 train with 32 images per GPU, and each GPU normalises by itself (arXiv:1911.05722, sec. 3.3). Here the
-    group, not the device, is that unit: one device with 256 images has eight groups, eight devices with 32 have one each.
+    MoCo v1 and v2 train with 32 images per GPU, and each GPU normalises by itself (arXiv:1911.05722, sec. 3.3). Here
+    the group, not the device, is that unit: one device with 256 images has eight groups, eight devices with 32 have
+    one each.
 
     With `training=True` every group is normalised by its own mean and biased variance, and the moving statistics move
     towards the mean over the groups of mean and *unbiased* variance; a channel whose batch statistics are not finite
@@ -81,7 +82,7 @@ class BatchNorm(keras.layers.Layer):
             return [inputs]
         if batch is None or batch % self.group_size:
             raise ValueError(
-                "The batch of each replica must be a multiple of the BatchNorm group, as every group normalises by itself. "
+                "The batch of each replica must be a multiple of the BatchNorm group, which normalises by itself. "
                 f"Received: {'a batch of unknown size' if batch is None else f'{batch} images per replica'}, "
                 f"groups of {self.group_size}. Set bn_group_size to a divisor of batch_size / replicas, "
                 "or to None for one group per replica; batch with drop_remainder=True.")

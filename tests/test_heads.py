@@ -58,4 +58,5 @@ def test_encoder_is_flat_with_the_names_of_its_layers():
     backbone = resnet(depth=18, width=0.25, size=32)
     model = encoder(backbone, lambda features: mlp(features, dim=8))
     assert model.output_shape == (None, 8)
-    assert [layer.name for layer in model.layers] == [layer.name for layer in backbone.layers] + ["fc.0", "fc.1", "fc.2"]
+    names = [layer.name for layer in backbone.layers]
+    assert [layer.name for layer in model.layers] == [*names, "fc.0", "fc.1", "fc.2"]

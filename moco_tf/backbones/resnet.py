@@ -1,7 +1,7 @@
 """Residual networks (arXiv:1512.03385) in torchvision's form, for exchange of weights with it.
 
-The stride sits in the 3x3 convolution, padding is symmetric, convolutions have no bias, and every layer carries the name
-of torchvision's module, so `layer1.0.conv1` here is `layer1.0.conv1.weight` there.
+The stride sits in the 3x3 convolution, padding is symmetric, convolutions have no bias, and every layer carries the
+name of torchvision's module, so `layer1.0.conv1` here is `layer1.0.conv1.weight` there.
 """
 
 import functools

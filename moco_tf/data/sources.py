@@ -207,6 +207,10 @@ class Folder(RandomAccess):
             if tf.io.gfile.isdir(folder):
                 return folder
         if split == "train":
+            apart = [name for name in EVALUATION_SPLITS if tf.io.gfile.isdir(os.path.join(path, name))]
+            if apart:    # all of `path` would train on what is meant for evaluation
+                raise DataError(f"A folder with a split {apart[0]!r} must have a folder 'train' beside it. "
+                                f"Received: {path}, without. Give the images to train on as the path.")
             return path
         raise DataError(f"The split must be a folder in {path}. Looked for: {', '.join(split_names(split))}.")
 

@@ -1,6 +1,6 @@
 """PyTorch weights in and out: one name table, read both ways.
 
-Layers carry the names of PyTorch's modules, so a variable's name there is its layer's name and a suffix from `SUFFIXES`.
+Layers carry the names of PyTorch's modules, so a variable's name there is its layer's name and one of `SUFFIXES`.
 Files, models and layouts meet in one value, `Checkpoint`:
 
     .pth, .pth.tar, .safetensors -- read_state_dict, parse --> Checkpoint -- restore, load_backbone --> model
@@ -8,7 +8,6 @@ Files, models and layouts meet in one value, `Checkpoint`:
 """
 
 import importlib
-import io
 import os
 import pickle
 import re
@@ -17,8 +16,9 @@ from typing import NamedTuple, Optional
 import numpy as np
 import tensorflow as tf
 
-from moco_tf.backbones.resnet import BLOCKS
+from moco_tf.backbones.resnet import BLOCKS, resnet
 from moco_tf.errors import DataError, UsageError
+from moco_tf.heads import HEADS, encoder as join
 
 keras = tf.keras
 
@@ -33,8 +33,8 @@ HEAD = "fc."
 class Checkpoint(NamedTuple):
     """What a file or a method holds, in PyTorch's names and layout.
 
-    kind: "pretraining", "probe" (backbone and classifier) or "backbone"; encoder and key_encoder: name -> array, without
-    prefixes, the latter empty if there is none; queue: (K, C) or None; pointer: the row that is written next.
+    kind: "pretraining", "probe" (backbone and classifier) or "backbone"; encoder, key_encoder: name -> array, without
+    prefix, the latter empty if there is none; queue: (K, C) or None; pointer: the row that is written next.
     """
 
     kind: str
@@ -74,6 +74,13 @@ def named_variables(model):
             for layer in model.layers for variable in layer.weights}
 
 
+def named_shapes(model):
+    """PyTorch name -> shape in PyTorch's layout, for every weight of a flat model."""
+    shapes = {name: tuple(variable.shape) for name, variable in named_variables(model).items()}
+    return {name: tuple(shape[axis] for axis in AXES_TO_TORCH.get(len(shape), range(len(shape))))
+            for name, shape in shapes.items()}
+
+
 def state_dict(model, batches=0):
     """The weights of a model in PyTorch's names and layout; `batches` goes into the counters of BatchNorm."""
     state = {}
@@ -86,7 +93,7 @@ def state_dict(model, batches=0):
 
 def match(model, state):
     """How a state dict, in PyTorch's names and layout and without prefix, would fit a flat model: a Report."""
-    ours = {name: _torch_shape(variable) for name, variable in named_variables(model).items()}
+    ours = named_shapes(model)
     theirs = {name: tuple(value.shape) for name, value in state.items() if not name.endswith(COUNTER)}
     both = [name for name in ours if name in theirs]
     return Report(
@@ -126,11 +133,6 @@ def _first_differences(report):
     kinds = (("missing", report.missing), ("unexpected", report.unexpected), ("of another shape", wrong))
     return "; ".join(f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
                      for kind, names in kinds if names)
-
-
-def _torch_shape(variable):
-    shape = tuple(variable.shape)
-    return tuple(shape[axis] for axis in AXES_TO_TORCH.get(len(shape), range(len(shape))))
 
 
 def _transposed(value, axes):
@@ -182,21 +184,20 @@ def architecture(encoder):
     Raises:
         DataError: the shapes are not of a ResNet that `resnet` builds.
     """
+    blocks = tuple(len({name.split(".")[1] for name in encoder if name.startswith(f"layer{stage}.")})
+                   for stage in (1, 2, 3, 4))
+    bottleneck = "layer1.0.conv3.weight" in encoder
     try:
-        stem, first, middle = encoder["conv1.weight"], "layer1.0.conv1.weight", "layer1.0.conv2.weight"
-        planes = stem.shape[0]
-        blocks = tuple(len({name.split(".")[1] for name in encoder if name.startswith(f"layer{stage}.")})
-                       for stage in (1, 2, 3, 4))
-        bottleneck = "layer1.0.conv3.weight" in encoder
         depth = next(d for d, counts in BLOCKS.items() if counts == blocks and (d >= 50) == bottleneck)
-        inner, groups = encoder[first].shape[0], encoder[first].shape[0] // encoder[middle].shape[1]
-    except (KeyError, IndexError, StopIteration, ZeroDivisionError):
+        planes, channels, side, _ = encoder["conv1.weight"].shape
+        inner = encoder["layer1.0.conv1.weight"].shape[0]
+        groups = inner // encoder["layer1.0.conv2.weight"].shape[1] if bottleneck else 1
+        width_per_group = inner * 64 // (groups * planes) if bottleneck else 64
+    except (KeyError, IndexError, StopIteration, ValueError, ZeroDivisionError):
         raise DataError("The file must hold a ResNet-18, 34, 50, 101 or 152 in torchvision's names. "
                         f"Received: names such as {', '.join(list(encoder)[:3])}.") from None
-    backbone = dict(depth=depth, width=planes // 64 if planes % 64 == 0 else planes / 64,
-                    groups=groups if bottleneck else 1,
-                    width_per_group=inner * 64 // (groups * planes) if bottleneck else 64,
-                    stem="imagenet" if stem.shape[2] == 7 else "cifar", channels=stem.shape[1])
+    backbone = dict(depth=depth, width=planes // 64 if planes % 64 == 0 else planes / 64, groups=groups,
+                    width_per_group=width_per_group, stem="imagenet" if side == 7 else "cifar", channels=channels)
     widths = [encoder[name].shape[0] for name in sorted(encoder, key=_layer_number)
               if name.startswith(HEAD) and name.endswith("weight")]
     if not widths:
@@ -209,6 +210,19 @@ def architecture(encoder):
 
 def _layer_number(name):
     return int((re.findall(r"\d+", name) or [0])[0])
+
+
+def fit(checkpoint):
+    """The Report of the checkpoint's encoders against the very model that `architecture` says they are of."""
+    built = architecture(checkpoint.encoder)
+    with tf.Graph().as_default():    # shapes alone: no memory, no initial values
+        model = resnet(**built["backbone"])
+        if built["head"]:
+            arguments = dict(built["head"])
+            head = HEADS[arguments.pop("name")]
+            model = join(model, lambda features: head(features, **arguments))
+        reports = [match(model, state) for state in (checkpoint.encoder, checkpoint.key_encoder) if state]
+    return next((report for report in reports if not report.complete), reports[0])
 
 
 def describe(checkpoint):
@@ -239,7 +253,7 @@ def checkpoint_of(method):
 def restore(method, checkpoint, backbone_only=False):
     """Loads a pre-training checkpoint into a MoCo method.
 
-    Without a momentum encoder in the file, the method's becomes a copy of the encoder; without a queue, the queue stays.
+    Where the file has no momentum encoder, the method's becomes a copy of the encoder; where no queue, the queue stays.
 
     Args:
         method: with `encoder`, `key_encoder` and `queue`.
@@ -367,8 +381,9 @@ def _read_torch(path):
     except Exception as error:    # a broken file can make the reader fail in any way
         needs = re.search(r"GLOBAL ([\w.]+\w)|Unsupported (operand \d+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and needs:
-            raise DataError("A PyTorch file may hold tensors and plain values only, so that reading it runs no code. "
-                            f"Received: {path}, which asks for {needs[1] or needs[2]}. Save its state dict alone.") from None
+            raise DataError(
+                "A PyTorch file may hold tensors and plain values only, so that reading it runs no code. Received: "
+                f"{path}, which asks for {needs[1] or needs[2]}. Save its state dict alone.") from None
         raise DataError(f"The file must be a whole PyTorch file. Received: {path}: {_line(error)}.") from None
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -386,49 +401,56 @@ def write(path, checkpoint, layout):
     .safetensors: arrays; .pkl: "detectron2" only.
 
     Raises:
-        UsageError: unknown layout, or a suffix that does not go with it, or the package that writes it is missing.
+        UsageError: unknown layout, or a suffix or checkpoint that does not go with it; a package is missing.
         DataError: the file cannot be written.
     """
     if layout not in LAYOUTS:
         raise UsageError(f"The layout must be one of {', '.join(LAYOUTS)}. Received: {layout!r}.")
+    if layout == "official" and checkpoint.kind != "pretraining":
+        raise UsageError("The official layout is that of pre-training. "
+                         f"Received: {describe(checkpoint)}. Use layout torchvision or detectron2.")
     suffixes = (DETECTRON2_FILE,) if layout == "detectron2" else TORCH_FILES + (SAFETENSORS_FILE,)
     if not path.endswith(suffixes):
         raise UsageError(f"A file in layout {layout} must end in {' or '.join(suffixes)}. Received: {path}.")
-    content = _serialized(path, checkpoint, layout)
     partial = f"{path}.{os.getpid()}.partial"
     try:
         with open(partial, "wb") as file:
-            file.write(content)
+            _write_content(file, path, checkpoint, layout)
         os.replace(partial, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:    # PyTorch turns a full disk into a RuntimeError
+        raise DataError(f"The target must be writable. Received: {path}: {_line(error)}.") from None
+    finally:
         if os.path.exists(partial):
             os.remove(partial)
-        raise DataError(f"The target must be writable. Received: {path}: {error.strerror}.") from None
 
 
-def _serialized(path, checkpoint, layout):
+def _write_content(file, path, checkpoint, layout):
     state = {name: np.array(value, order="C") for name, value in LAYOUTS[layout](checkpoint).items()}
     if layout == "detectron2":
-        return pickle.dumps({"model": state, "__author__": "MOCO", "matching_heuristics": True})
-    if path.endswith(SAFETENSORS_FILE):
-        return _need("safetensors.numpy").save(state, metadata={"format": "pt"})
-    torch = _need("torch")
-    tensors = {name: torch.from_numpy(value) for name, value in state.items()}
-    depth = architecture(checkpoint.encoder)["backbone"]["depth"]
-    file = io.BytesIO()
-    torch.save({"arch": f"resnet{depth}", "state_dict": tensors} if layout == "official" else tensors, file)
-    return file.getvalue()
+        pickle.dump({"model": state, "__author__": "MOCO", "matching_heuristics": True}, file)
+    elif path.endswith(SAFETENSORS_FILE):
+        file.write(_need("safetensors.numpy").save(state, metadata={"format": "pt"}))
+    else:
+        torch = _need("torch")
+        tensors = {name: torch.from_numpy(value) for name, value in state.items()}
+        arch = f"resnet{architecture(checkpoint.encoder)['backbone']['depth']}"
+        torch.save({"arch": arch, "state_dict": tensors} if layout == "official" else tensors, file)
 
 
 def convert(source, target, layout):
-    """A file of weights into a file of another layout or kind; returns the Checkpoint that went through.
+    """A file of weights into a file of another layout or kind.
+
+    Returns:
+        (checkpoint, report): what went through, and how it fits the model that it is of.
 
     Raises:
-        UsageError, DataError: as `read_state_dict`, `parse` and `write`.
+        UsageError, DataError: as `read_state_dict`, `parse` and `write`; names or shapes of no whole ResNet.
     """
     checkpoint = parse(read_state_dict(source))
+    report = fit(checkpoint)
+    _require(report)
     write(target, checkpoint, layout)
-    return checkpoint
+    return checkpoint, report
 
 
 def difference_from_torchvision(model, checkpoint):

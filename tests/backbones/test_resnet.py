@@ -54,8 +54,9 @@ def test_layers_with_weights_have_the_names_of_torchvisions_modules():
     with tf.Graph().as_default():
         names = {layer.name for layer in resnet(depth=50).layers if layer.weights}
     blocks = {f"layer{stage}.{block}" for stage, count in enumerate((3, 4, 6, 3), 1) for block in range(count)}
-    expected = {"conv1", "bn1"} | {f"{block}.{kind}{i}" for block in blocks for kind in ("conv", "bn") for i in (1, 2, 3)}
-    assert names == expected | {f"layer{stage}.0.downsample.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)}
+    inner = {f"{block}.{kind}{i}" for block in blocks for kind in ("conv", "bn") for i in (1, 2, 3)}
+    shortcuts = {f"layer{stage}.0.downsample.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)}
+    assert names == {"conv1", "bn1"} | inner | shortcuts
 
 
 def test_the_first_stage_of_basic_blocks_has_no_downsampling():
@@ -76,7 +77,7 @@ def test_any_size_of_image_fits_a_model_without_one():
 
 
 def test_strided_layers_pad_both_sides_alike():
-    """A one-pixel impulse through the stem: PyTorch's output pixel (i, j) sees rows 2i - 3 .. 2i + 3, not SAME's 2i - 2 .. 2i + 4."""
+    """An impulse through the stem: PyTorch's output row i sees rows 2i - 3 .. 2i + 3, not SAME's 2i - 2 .. 2i + 4."""
     model = resnet(**SMALL)
     stem = keras.Model(model.input, model.get_layer("conv1").output)
     image = np.zeros((1, 32, 32, 3), np.float32)

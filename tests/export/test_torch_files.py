@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import resource
+import signal
 import sys
 import types
 
@@ -27,8 +29,9 @@ class Block(torch.nn.Module):
         self.depth = len(kernels)
         strided = kernels.index(3)
         for i, kernel in enumerate(kernels):
-            conv = torch.nn.Conv2d(([inputs] + widths)[i], widths[i], kernel, stride if i == strided else 1, kernel // 2,
-                                   groups=groups if kernel == 3 and len(kernels) == 3 else 1, bias=False)
+            conv = torch.nn.Conv2d(
+                ([inputs] + widths)[i], widths[i], kernel, stride if i == strided else 1, kernel // 2,
+                groups=groups if kernel == 3 and len(kernels) == 3 else 1, bias=False)
             setattr(self, f"conv{i + 1}", conv)
             setattr(self, f"bn{i + 1}", torch.nn.BatchNorm2d(widths[i]))
         self.downsample = None
@@ -111,8 +114,8 @@ def save(path, module, legacy=False):
 def test_our_weights_load_strictly_into_pytorch_and_compute_the_same(tmp_path, depth, arguments):
     ours, theirs = resnet(depth=depth, size=64, **arguments), network(depth, **arguments)
     theirs.fc = torch.nn.Identity()
-    torch_weights.load_into(ours, {name: value.numpy() for name, value in network(depth, **arguments).state_dict().items()
-                                   if not name.startswith("fc.")})
+    source = network(depth, **arguments).state_dict()
+    torch_weights.load_into(ours, {name: value.numpy() for name, value in source.items() if not name.startswith("fc.")})
     path = str(tmp_path / "weights.pth")
     torch_weights.write(path, torch_weights.parse(torch_weights.state_dict(ours)), "torchvision")
     theirs.load_state_dict(torch.load(path, weights_only=True), strict=True)
@@ -143,11 +146,13 @@ def test_official_files_come_in_and_go_out(tmp_path, head, legacy):
 
 
 @pytest.mark.parametrize("layout, target", [
-    ("official", "w.pth.tar"), ("official", "w.safetensors"), ("torchvision", "w.pth"), ("torchvision", "w.safetensors")])
+    ("official", "w.pth.tar"), ("official", "w.safetensors"),
+    ("torchvision", "w.pth"), ("torchvision", "w.safetensors")])
 def test_files_convert_without_loss(tmp_path, layout, target):
     source = save(tmp_path / "in.pth.tar", Official(18, 16, 8, hidden=False))
     path = str(tmp_path / target)
-    before = torch_weights.convert(source, path, layout)
+    before, report = torch_weights.convert(source, path, layout)
+    assert report.complete and len(report.matched) == 20 + 20 * 4 + 2
     state = torch_weights.read_state_dict(path)
     expected = torch_weights.LAYOUTS[layout](before)
     assert set(state) == set(expected)
@@ -200,6 +205,37 @@ def test_a_truncated_file_is_refused(tmp_path, name, share):
         torch_weights.convert(str(path), str(tmp_path / "out.pth"), "torchvision")
     assert "\n" not in str(caught.value) and "whole" in str(caught.value)
     assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda state: state.pop("module.encoder_q.bn1.bias"), "1 missing: bn1.bias"),
+    (lambda state: state.update({"module.encoder_k.more": torch.zeros(1)}), "1 unexpected: more"),
+    (lambda state: state.pop("module.encoder_q.conv1.weight"), "ResNet-18, 34, 50"),
+    (lambda state: state.update({"module.encoder_q.layer3.1.bn1.bias": torch.zeros(3)}), r"layer3.1.bn1.bias \(3,\)")])
+def test_a_file_of_no_whole_resnet_is_refused(tmp_path, spoil, message):
+    state = {f"module.{name}": value for name, value in Official(18, 16, 8, hidden=False).state_dict().items()}
+    spoil(state)
+    torch.save({"state_dict": state}, tmp_path / "in.pth")
+    with pytest.raises(DataError, match=message):
+        torch_weights.convert(str(tmp_path / "in.pth"), str(tmp_path / "out.pth"), "torchvision")
+    assert os.listdir(tmp_path) == ["in.pth"]
+
+
+@pytest.mark.parametrize("layout, name", [
+    ("torchvision", "w.pth"), ("torchvision", "w.safetensors"), ("detectron2", "w.pkl")])
+def test_a_full_disk_leaves_no_file(tmp_path, layout, name):
+    checkpoint = torch_weights.parse({key: value.numpy() for key, value in network(18).state_dict().items()})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)    # a write beyond the limit then fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(DataError) as caught:
+            torch_weights.write(str(tmp_path / name), checkpoint, layout)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    assert "writable" in str(caught.value) and "\n" not in str(caught.value)
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("content, message", [([1, 2], "with a list"), ({"epoch": 3}, "with none")])

@@ -41,10 +41,10 @@ def test_names_and_shapes_are_pytorchs():
     state = torch_weights.state_dict(encoder(resnet(depth=18, size=32), mlp))
     shapes = {name: value.shape for name, value in state.items()}
     assert len(shapes) == 20 + 20 * 5 + 4
-    assert {name: shapes[name] for name in ("conv1.weight", "bn1.running_mean", "bn1.num_batches_tracked", "fc.0.weight",
-                                            "fc.2.weight", "layer2.0.downsample.0.weight", "layer4.1.bn2.bias")} == {
-        "conv1.weight": (64, 3, 7, 7), "bn1.running_mean": (64,), "bn1.num_batches_tracked": (), "fc.0.weight": (512, 512),
-        "fc.2.weight": (128, 512), "layer2.0.downsample.0.weight": (128, 64, 1, 1), "layer4.1.bn2.bias": (512,)}
+    some = {"conv1.weight": (64, 3, 7, 7), "bn1.running_mean": (64,), "bn1.num_batches_tracked": (),
+            "fc.0.weight": (512, 512), "fc.2.weight": (128, 512), "layer2.0.downsample.0.weight": (128, 64, 1, 1),
+            "layer4.1.bn2.bias": (512,)}
+    assert {name: shapes[name] for name in some} == some
     assert state["bn1.num_batches_tracked"].dtype == np.int64
 
 
@@ -79,8 +79,8 @@ def test_project_to_official_layout_and_back_is_bit_identical():
         variable.assign(tf.zeros_like(variable))
     state = torch_weights.official(torch_weights.checkpoint_of(source))
     torch_weights.restore(target, torch_weights.parse(state))
-    for ours, theirs in zip(target.variables, source.variables):
-        if ours.name.split("/")[0] not in ("loss_scale:0",):
+    for part in ("encoder", "key_encoder", "queue"):
+        for ours, theirs in zip(getattr(target, part).variables, getattr(source, part).variables):
             np.testing.assert_array_equal(ours, theirs, err_msg=ours.name)
     equal(torch_weights.official(torch_weights.checkpoint_of(target)), state)
 
@@ -104,8 +104,9 @@ def test_the_counter_of_batches_is_the_step():
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(width=0.25), r"120 of another shape|of another shape: conv1.weight \(8, 3, 7, 7\), not \(16, 3, 7, 7\)"),
-    (dict(depth=34), r"missing: layer1.2.conv1.weight"), (dict(head=mlp), r"missing: fc.0.weight.*unexpected: fc.weight")])
+    (dict(width=0.25), r"of another shape: conv1.weight \(8, 3, 7, 7\), not \(16, 3, 7, 7\)"),
+    (dict(depth=34), r"missing: layer1.2.conv1.weight"),
+    (dict(head=mlp), r"missing: fc.0.weight.*unexpected: fc.weight")])
 def test_another_architecture_is_refused_and_nothing_changes(arguments, message):
     checkpoint = torch_weights.checkpoint_of(small_method())
     target = small_method(**arguments)
@@ -188,7 +189,8 @@ def test_starting_from_a_backbone_leaves_heads_and_queue():
 
 @pytest.mark.parametrize("names, message", [
     (["module.base_encoder.conv1.weight"], "MoCo v3"), (["encoder.module.l_to_ab.conv1.weight"], "CMC"),
-    (["encoder.module.conv1.weight"], "InsDis"), (["cls_token"], "vision transformer"), (["a", "b"], "2 names such as a, b")])
+    (["encoder.module.conv1.weight"], "InsDis"), (["cls_token"], "vision transformer"),
+    (["a", "b"], "2 names such as a, b")])
 def test_other_models_are_named(names, message):
     with pytest.raises(DataError, match=message):
         torch_weights.parse({name: np.zeros(1) for name in names})
@@ -200,10 +202,10 @@ def test_other_models_are_named(names, message):
     dict(depth=50, width_per_group=128), dict(depth=18, stem="cifar", channels=1)])
 def test_the_architecture_is_read_off_the_shapes(arguments):
     with tf.Graph().as_default():
-        shapes = {name: np.broadcast_to(0, torch_weights._torch_shape(variable))
-                  for name, variable in torch_weights.named_variables(resnet(**arguments)).items()}
+        shapes = torch_weights.named_shapes(resnet(**arguments))
+    state = {name: np.broadcast_to(0, shape) for name, shape in shapes.items()}
     full = dict(width=1, groups=1, width_per_group=64, stem="imagenet", channels=3)
-    assert torch_weights.architecture(shapes) == {"backbone": {**full, **arguments}, "head": None}
+    assert torch_weights.architecture(state) == {"backbone": {**full, **arguments}, "head": None}
 
 
 def test_the_head_is_read_off_the_shapes():
@@ -214,6 +216,19 @@ def test_the_head_is_read_off_the_shapes():
              for head in (linear, mlp, deep)]
     assert heads == [dict(name="linear", dim=8), dict(name="mlp", dim=8, hidden_dim=64),
                      dict(name="mlp", dim=8, hidden_dim=(32, 32, 16, 16, 16, 16))]
+
+
+def test_the_official_layout_is_for_pretraining_only(tmp_path):
+    with pytest.raises(UsageError, match="pre-training.*classifier"):
+        torch_weights.write(str(tmp_path / "w.pth"), probe(), "official")
+
+
+def test_a_checkpoint_fits_the_model_that_it_is_of():
+    for checkpoint in (torch_weights.checkpoint_of(small_method(head=mlp)), probe()):
+        report = torch_weights.fit(checkpoint)
+        assert report.complete and set(report.matched) == {name for name in checkpoint.encoder if "num_b" not in name}
+    del checkpoint.encoder["bn1.weight"]
+    assert torch_weights.fit(checkpoint).missing == ["bn1.weight"]
 
 
 def test_a_description_names_kind_encoder_and_queue():
@@ -237,8 +252,10 @@ def test_detectron2_names_and_file(tmp_path):
     model = content["model"]
     for theirs, ours in {
             "stem.conv1.weight": "conv1.weight", "stem.conv1.norm.running_var": "bn1.running_var",
-            "res4.0.shortcut.norm.bias": "layer3.0.downsample.1.bias", "res2.0.shortcut.weight": "layer1.0.downsample.0.weight",
-            "res5.2.conv3.norm.num_batches_tracked": "layer4.2.bn3.num_batches_tracked", "stem.fc.weight": "fc.weight"}.items():
+            "res4.0.shortcut.norm.bias": "layer3.0.downsample.1.bias",
+            "res2.0.shortcut.weight": "layer1.0.downsample.0.weight",
+            "res5.2.conv3.norm.num_batches_tracked": "layer4.2.bn3.num_batches_tracked",
+            "stem.fc.weight": "fc.weight"}.items():
         np.testing.assert_array_equal(model[theirs], checkpoint.encoder[ours])
     assert len(model) == len(checkpoint.encoder)
 
@@ -250,7 +267,7 @@ def test_torchvisions_layout_has_a_classifier_only_where_there_is_one():
 
 
 @pytest.mark.parametrize("path, layout, message", [
-    ("w.pth", "keras", "official, torchvision, detectron2"), ("w.pkl", "official", r"must end in \.pth"),
+    ("w.pth", "keras", "official, torchvision, detectron2"), ("w.pkl", "torchvision", r"must end in \.pth"),
     ("w.pth", "detectron2", r"must end in \.pkl")])
 def test_wrong_layouts_and_suffixes_are_refused(tmp_path, path, layout, message):
     with pytest.raises(UsageError, match=message):
@@ -258,13 +275,13 @@ def test_wrong_layouts_and_suffixes_are_refused(tmp_path, path, layout, message)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_target_that_cannot_be_written_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("path", ["missing/w.pkl", "taken.pkl"])
+def test_a_target_that_cannot_be_written_leaves_nothing(tmp_path, path):
     checkpoint = torch_weights.checkpoint_of(small_method())
     (tmp_path / "taken.pkl").mkdir()
-    for path in (tmp_path / "missing" / "w.pkl", tmp_path / "taken.pkl"):
-        with pytest.raises(DataError, match="writable"):
-            torch_weights.write(str(path), checkpoint, "detectron2")
-    assert [path.name for path in tmp_path.iterdir()] == ["taken.pkl"]
+    with pytest.raises(DataError, match="writable"):
+        torch_weights.write(str(tmp_path / path), checkpoint, "detectron2")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["taken.pkl"]
 
 
 @pytest.mark.parametrize("name, package", [("w.pth", "torch"), ("w.safetensors", "safetensors")])

@@ -1,4 +1,4 @@
-"""`pytest -v tests/golden` ends with the error of each run that came closest to its tolerance: the figures of docs/fidelity.md."""
+"""`pytest -v tests/golden` ends with each run's error that came closest to its tolerance, for docs/fidelity.md."""
 
 from . import replay
 

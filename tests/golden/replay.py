@@ -1,6 +1,6 @@
-"""What every replay of a golden file needs: its runs and settings, models built from them, errors as the files count them.
+"""What every replay of a golden file needs: its runs and settings, models built from them, errors as the files count.
 
-Every *.npz of the folder in MOCO_TF_GOLDEN (default: this one) is looked at; each run carries its settings and tolerances.
+Every *.npz of the folder in MOCO_TF_GOLDEN (default: this one) is looked at; each run has its settings and tolerances.
 """
 
 import contextlib
@@ -53,8 +53,8 @@ def runs(kind, supported=lambda settings: True):
     for path in sorted(glob.glob(os.path.join(FOLDER, "*.npz"))):
         with np.load(path, allow_pickle=False) as file:
             listed = json.loads(str(file["settings"]))["runs"] if "settings" in file.files else {}
-        found += [run for run in (Run(path, name) for name, its in listed.items() if its == kind) if supported(run.settings)]
-    return found
+        found += [Run(path, name) for name, its in listed.items() if its == kind]
+    return [run for run in found if supported(run.settings)]
 
 
 def cases(kind, supported=lambda settings: True):
@@ -69,7 +69,7 @@ def has_encoder(settings):
     CMC's and InsDis's encoders, MoCo v3's heads with BatchNorm and the vision transformers are not here yet.
     """
     backbone, head = settings["backbone"], settings["head"]
-    return (settings["method"] in (None, "moco", "moco_v1", "moco_v2") and settings["predictor"] is None
+    return (settings["method"] in (None, "moco", "moco_v1", "moco_v2") and settings.get("predictor") is None
             and backbone["family"] in BACKBONES and backbone["stem_channels"] == 64 * backbone["width_multiplier"]
             and len(settings["branches"]) == 1
             and (head is None or all(module["type"] in ("linear", "relu") for module in head["modules"])))
@@ -88,7 +88,7 @@ def precision(tag):
 
 
 def strategy_of(replicas):
-    """One replica, or several on logical CPU devices. Without collective kernels, whose keys clash between strategies."""
+    """One replica, or several on the CPU; without collective kernels, whose keys clash between strategies."""
     if replicas == 1:
         return tf.distribute.get_strategy()
     return tf.distribute.MirroredStrategy([f"/cpu:{i}" for i in range(replicas)],

@@ -1,4 +1,4 @@
-"""Encoders with the weights of the rule against PyTorch's outputs: every run of kind `encoder` whose model exists here."""
+"""Encoders with the rule's weights against PyTorch's outputs: every run of kind `encoder` whose model exists here."""
 
 import zlib
 
@@ -31,7 +31,7 @@ def test_encoder(run, tag):
     assert "%08x" % zlib.crc32(images.tobytes()) == settings["inputs_crc32"]
     with replay.precision(tag):
         model = replay.build_encoder(settings)
-        stages = [stage for stage in settings["stages"] if tag == "f32"]    # stored in float32 only, to find a difference
+        stages = settings["stages"] if tag == "f32" else []    # stored in float32 only
         layers = ["avgpool", *(_stage_output(model, stage) for stage in stages)]
         outputs = keras.Model(model.input, [model.output, *(model.get_layer(layer).output for layer in layers)])(
             images[..., settings["branches"][0]["channels"]], training=settings["mode"] == "train")

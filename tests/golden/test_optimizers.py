@@ -1,4 +1,4 @@
-"""Optimizer trajectories, with a learning rate that changes: every run of kind `optimizer` whose optimizer exists here."""
+"""Trajectories under a learning rate that changes: every run of kind `optimizer` whose optimizer exists here."""
 
 import numpy as np
 import pytest

@@ -1,7 +1,7 @@
 """Training steps of MoCo against the reference's: every run of kind `moco_steps` whose model exists here.
 
-Compared after each step, as stored: losses, logits, gradient norms, parameters of both encoders and their norms, BatchNorm
-statistics, queue and pointer. Several processes of the reference are replicas here, with the recorded shuffle.
+Compared after each step, as stored: losses, logits, gradient norms, parameters of both encoders and their norms,
+BatchNorm statistics, queue and pointer. Processes of the reference are replicas here, with the recorded shuffle.
 """
 
 import zlib
@@ -37,7 +37,7 @@ class Watched(MoCo):
 
 def has_method(settings):
     """No image mixture yet (Un-Mix)."""
-    return replay.has_encoder({"predictor": None, **settings}) and settings["mixture"] is None
+    return replay.has_encoder(settings) and settings["mixture"] is None
 
 
 @pytest.mark.parametrize(**replay.cases("moco_steps", has_method))
@@ -90,12 +90,13 @@ def views_of(run, tag, step, strategy):
 
 
 class GradientNorms:
-    """PyTorch name -> gradient norm of a step: SGD's buffer becomes momentum * buffer + gradient + decay * parameter."""
+    """PyTorch name -> gradient norm, since SGD's buffer becomes momentum * buffer + gradient + decay * parameter."""
 
     def __init__(self, method):
         self.optimizer, self.encoder = method.optimizer, method.encoder
         self.variables = list(method.trainable_variables)
-        self.before = [(variable.numpy(), buffer.numpy()) for variable, buffer in zip(self.variables, self.optimizer.buffers)]
+        self.before = [(variable.numpy(), buffer.numpy())
+                       for variable, buffer in zip(self.variables, self.optimizer.buffers)]
 
     def __call__(self):
         norms = {}
@@ -109,8 +110,8 @@ class GradientNorms:
 class Statistics:
     """The BatchNorm statistics that are right here: the mean of what all replicas have seen.
 
-    The reference's processes each keep their own, but all start every step from process 0's. So process r's value after a
-    step is .9 of process 0's before it, and .1 of its own batch's; the mean over r of the latter is what counts here.
+    The reference's processes each keep their own, but all start every step from process 0's. So process r's value
+    after a step is .9 of process 0's before it, and .1 of its own batch's; the mean over r of the latter counts here.
     """
 
     def __init__(self, run, tag, start):

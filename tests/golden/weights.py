@@ -1,7 +1,7 @@
 """Weights and inputs of the golden files: nothing random is stored, both sides draw it again from a name and a shape.
 
-One generator for each array, seeded with crc32(name) + seed; one float64 standard normal draw in PyTorch's layout, scaled,
-then rounded once to float32. Names are those of PyTorch's state dicts, without the wrapper's prefix.
+One generator for each array, seeded with crc32(name) + seed; one float64 standard normal draw in PyTorch's layout,
+scaled, then rounded once to float32. Names are those of PyTorch's state dicts, without the wrapper's prefix.
 """
 
 import zlib

@@ -31,38 +31,41 @@ class Checkpoints:
         self.manager = tf.train.CheckpointManager(self.checkpoint, folder, max_to_keep=keep, checkpoint_name="step")
 
     def restore(self):
-        """Returns the step restored, or 0 when there is nothing to restore.
+        """Returns the step restored, or None when there is nothing to restore.
 
         Raises:
             DataError: there are checkpoints, and none of them can be read.
         """
-        # By what lies there and not by the manager's list, which a killed run may have left behind the files.
-        found = sorted((path[:-len(".index")] for path in tf.io.gfile.glob(f"{self.folder}/step-*.index")),
-                       key=_step_of, reverse=True)
+        found = self.saved()[::-1]
         for path in found:
             try:
                 self.checkpoint.restore(path).assert_existing_objects_matched()
-                return _step_of(path)
-            except (tf.errors.OpError, ValueError, AssertionError) as error:
+                return step_of(path)
+            except (tf.errors.OpError, ValueError, AssertionError, IndexError, RuntimeError) as error:
                 logging.warning("checkpoint %s cannot be read, trying the one before: %s", path, _first_line(error))
         if found:
             raise DataError(f"At least one checkpoint must be readable to resume. Tried {', '.join(found)}. "
                             "Start again with another workdir.")
-        return 0
+        return None
 
     def save(self, step):
         """Raises DataError when it cannot be written; what was saved before is then still there."""
-        before = list(self.manager.checkpoints)
+        before = self.latest()
         try:
             return self.manager.save(checkpoint_number=step)
         except (tf.errors.OpError, OSError) as error:
             self._remove_remains(f"step-{step}")
             raise DataError(f"A checkpoint must be written to {self.folder}. Received: {_first_line(error)}. "
-                            f"The last good one is {before[-1] if before else 'none'}; make room and start again, "
+                            f"The last good one is {before or 'none'}; make room and start again, "
                             "the same command resumes.") from None
 
+    def saved(self):
+        """Paths, oldest first: what lies there, not the manager's list, which a killed run may have left behind it."""
+        return sorted((path[:-len(".index")] for path in tf.io.gfile.glob(f"{self.folder}/step-*.index")), key=step_of)
+
     def latest(self):
-        return self.manager.latest_checkpoint
+        """The newest path, or None."""
+        return (self.saved() or [None])[-1]
 
     def _remove_remains(self, name):
         for remains in tf.io.gfile.glob(f"{self.folder}/{name}.*") + tf.io.gfile.glob(f"{self.folder}/{name}_temp*"):
@@ -72,8 +75,9 @@ class Checkpoints:
                 pass    # what cannot be removed does no harm: no list of checkpoints names it
 
 
-def _step_of(path):
-    return int(path.rsplit("-", 1)[1])
+def step_of(path):
+    """The step of a checkpoint's path; None of None."""
+    return path and int(path.rsplit("-", 1)[1])
 
 
 def _first_line(error):
@@ -219,7 +223,7 @@ class StopWhenDiverged(StepCallback):
         self.limit, self.checkpoints = limit, checkpoints
 
     def on_step(self, step, logs):
-        if self.crossed(min(self.limit, 10)) and (bad := int(logs["bad_in_row"])) >= self.limit:
+        if self.crossed(max(1, min(self.limit // 2, 10))) and (bad := int(logs["bad_in_row"])) >= self.limit:
             raise DivergedError(
                 f"Loss and gradients must be finite. Received: {bad} non-finite steps in a row, up to step {step} "
                 f"(all skipped). The last good checkpoint is {self.checkpoints.latest() or 'none'}. "

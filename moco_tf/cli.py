@@ -76,6 +76,26 @@ def data(argv):
                                              overwrite=values.overwrite)))
 
 
+def convert(argv):
+    """Exchanges weights with PyTorch: a run's workdir into a file, a file into a workdir, or a file into a file.
+
+    moco-tf convert runs/moco_v2 moco_v2.pth.tar                        # official MoCo layout
+    moco-tf convert runs/moco_v2 resnet50.safetensors --layout=torchvision
+    moco-tf convert runs/moco_v2 resnet50.pkl --layout=detectron2
+    moco-tf convert moco_v2_200ep_pretrain.pth.tar runs/imported
+    """
+    values = _flags()
+    flags.DEFINE_enum("layout", "official", ["official", "torchvision", "detectron2"], "Names in the file written.",
+                      flag_values=values)
+    flags.DEFINE_bool("allow_probe", False, "Take the backbone of a file that holds no pre-training: a linear probe's, "
+                      "or a plain ResNet's.", flag_values=values)
+    _, rest = _parse(argv, values)
+    if len(rest) != 2:
+        raise UsageError(f"convert takes SOURCE and TARGET. Received: {' '.join(rest) or 'nothing'}.")
+    from moco_tf.export.exchange import exchange
+    exchange(rest[0], rest[1], values.layout, values.allow_probe)
+
+
 def recipes(argv):
     """Lists the recipes, or shows one.
 
@@ -106,7 +126,7 @@ def doctor(argv):
     examine(values.strategy, values.cpu_replicas)
 
 
-COMMANDS = {"pretrain": pretrain, "knn": knn, "data": data, "recipes": recipes, "doctor": doctor}
+COMMANDS = {"pretrain": pretrain, "knn": knn, "convert": convert, "data": data, "recipes": recipes, "doctor": doctor}
 
 
 def main(argv=None):
@@ -114,7 +134,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     # oneDNN's convolutions are up to four times faster, and off by default on processors without VNNI.
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")    # TensorFlow says at level 2 that it registers cuDNN twice
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     if not argv or argv[0] in ("help", "-h", "--help", "-help"):
         print(_overview())

@@ -26,6 +26,6 @@ def momentum_update(twin, encoder, momentum):
     pairs = [(copy, variable) for copy, variable in zip(twin.weights, encoder.weights) if variable.trainable]
 
     def follow(copy, variable):
-        copy.assign_sub((copy - variable) * tf.cast(1.0 - momentum, copy.dtype))
+        copy.assign_sub((copy - variable) * tf.constant(1.0 - momentum, copy.dtype))
 
     update_copies(follow, *zip(*pairs))

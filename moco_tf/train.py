@@ -15,7 +15,7 @@ import tensorflow as tf
 from moco_tf import config as configs
 from moco_tf.backbones import BACKBONES
 from moco_tf.callbacks import (Checkpoints, Every, Log, StopOnSignal, StopWhenDiverged, append_line, keep_lines,
-                               read_lines, write_file)
+                               read_lines, step_of, write_file)
 from moco_tf.data import sources
 from moco_tf.data.pipeline import BatchClock, Unreadable, evaluation_batches, training_batches
 from moco_tf.errors import DataError, UsageError
@@ -210,7 +210,7 @@ def restore_method(workdir):
     set_precision(config.precision)
     method = build_method(config, steps_per_epoch=1, normalize_views=normalizer(view_recipe(config)))
     step = Checkpoints(method, f"{workdir}/checkpoints").restore()
-    if not step:
+    if step is None:
         raise UsageError(f"The run must have saved a checkpoint. Received: {workdir}, without one. "
                          "`moco-tf pretrain` with this workdir goes on.")
     return method, config, step
@@ -307,7 +307,7 @@ def pretrain(config, workdir, strategy=None, reason=""):
     with strategy.scope():
         method = build_method(config, steps_per_epoch, normalizer(recipe))
         checkpoints = Checkpoints(method, f"{workdir}/checkpoints", config.checkpoint.keep)
-        first_step = checkpoints.restore()
+        first_step = checkpoints.restore() or 0
         clock = BatchClock()
     keep_lines(f"{workdir}/monitor.jsonl", lambda record: record["step"] <= first_step)
     writer = tf.summary.create_file_writer(f"{workdir}/tensorboard") if config.log.tensorboard else None
@@ -343,7 +343,7 @@ def pretrain(config, workdir, strategy=None, reason=""):
                     _show_views(batches, recipe, workdir, writer)
                 method.fit(dataset, steps_per_epoch=total_steps - first_step, epochs=1, verbose=0,
                            callbacks=[log, *after])
-                if checkpoints.latest() is None or not checkpoints.latest().endswith(f"-{total_steps}"):
+                if step_of(checkpoints.latest()) != total_steps:
                     checkpoints.save(total_steps)
             if monitor:
                 monitor(total_steps)

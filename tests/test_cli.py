@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -23,10 +22,8 @@ from conftest import ROOT, TINY, moco_tf
     (["data", "chekc", "{tmp}"], 2, ["check"]),
     (["knn", "--config=smoke", "--workdir={tmp}", "--k=0"], 2, ["--k"])])
 def test_wrong_calls_are_answered_before_tensorflow_is_imported(arguments, code, words, tmp_path):
-    began = time.time()
     check(arguments, code, words, tmp_path)
     assert not (tmp_path / "run").exists()
-    del began
 
 
 @pytest.mark.parametrize("arguments, code, words", [
@@ -34,7 +31,7 @@ def test_wrong_calls_are_answered_before_tensorflow_is_imported(arguments, code,
     (["--config.data.name=folder", "--config.data.path={tmp}/empty"], 3, [".jpg", "empty"]),
     (["--config.data.name=foldr"], 2, ["folder"]),
     (["--config.batch_size=10001"], 2, ["10001", "10000"]),
-    (["--config.batch_size=250", "--cpu_replicas=4"], 2, ["250", "4", "252"]),
+    (["--config.batch_size=250", "--cpu_replicas=4"], 2, ["250", "4", "248"]),
     (["--config.method.queue_size=100"], 2, ["queue_size 100", "batch_size 250"]),
     (["--config.bn_group_size=60"], 2, ["bn_group_size 60", "250"]),
     (["--config.shuffle_bn=yes"], 2, ["cross_replica"]),

@@ -161,7 +161,7 @@ def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(tmp_path):
     done = pretrain(tmp_path / "run", "--config.optimizer.lr_per_256=1e30", "--config.max_bad_steps=3",
                     "--config.checkpoint.every_steps=1")
     assert done.returncode == 4, done.stderr
-    assert "checkpoints/step-" in done.stderr.splitlines()[-1] and "3 non-finite steps" in done.stderr
+    assert "checkpoints/step-" in done.stderr.splitlines()[-1] and "3 non-finite steps in a row" in done.stderr
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
@@ -206,6 +206,4 @@ def test_a_folder_trains_without_and_with_labels_and_lists_what_it_cannot_read(i
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["view_retrieval_final"] is not None
     assert (results["knn_top1_final"] is None) == (images == "flat")
-    listed = [path for path in broken if str(path) in done.stderr]
-    held_out_may_hold_one = len(listed) >= 2
-    assert held_out_may_hold_one, done.stderr
+    assert sum(str(path) in done.stderr for path in broken) >= 2, done.stderr    # one may be among the held-out ones

@@ -5,6 +5,7 @@ So neither the number of workers, replicas or hosts, nor a resume, changes what 
 """
 
 import logging
+import math
 import threading
 
 import numpy as np
@@ -23,6 +24,7 @@ class Unreadable:
 
     def __init__(self, source, limit):
         self.source, self.limit = source, limit
+        self.allowed = math.ceil(limit * source.size)
         self.seen, self._lock = set(), threading.Lock()
 
     def report(self, indexes):
@@ -31,12 +33,12 @@ class Unreadable:
             for index in set(np.asarray(indexes).tolist()) - self.seen:
                 self.seen.add(index)
                 logging.warning("skipped an unreadable image: %s", self.source.describe(index))
-            if len(self.seen) > self.limit * self.source.size:
+            if len(self.seen) > self.allowed:
                 raise ValueError("too many unreadable images")
 
     def over_limit(self):
         """The error to end the run with, or None."""
-        if len(self.seen) <= self.limit * self.source.size:
+        if len(self.seen) <= self.allowed:
             return None
         examples = ", ".join(self.source.describe(index) for index in sorted(self.seen)[:3])
         return DataError(f"At most {self.limit:.1%} of the images may be unreadable. Met {len(self.seen)} of "

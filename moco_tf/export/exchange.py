@@ -1,0 +1,86 @@
+"""`moco-tf convert`: between workdirs and files of weights."""
+
+import os
+
+from moco_tf import config as configs
+from moco_tf.callbacks import Checkpoints
+from moco_tf.errors import DataError, UsageError
+from moco_tf.export import torch_weights
+from moco_tf.train import build_method, open_workdir, restore_method, set_precision
+
+FILES = (*torch_weights.TORCH_FILES, torch_weights.SAFETENSORS_FILE, torch_weights.DETECTRON2_FILE)
+
+
+def exchange(source, target, layout="official", allow_probe=False):
+    """Converts, and prints what the source is, how its names fitted, and how far PyTorch's features lie from ours.
+
+    Args:
+        source: a run's workdir, or a .pth, .pth.tar, .pt or .safetensors file.
+        target: a file of one of these kinds or .pkl (Detectron2); anything else is a workdir to be made.
+        layout: of a target file, in `torch_weights.LAYOUTS`.
+        allow_probe: into a workdir: accept a file without pre-training, for its backbone.
+
+    Raises:
+        UsageError, DataError: what does not go together, cannot be read, or cannot be written; nothing is left then.
+    """
+    if source.endswith(FILES):
+        checkpoint = torch_weights.parse(torch_weights.read_state_dict(source))
+        report = torch_weights.fit(checkpoint)
+    else:
+        checkpoint, report = torch_weights.checkpoint_of(restore_method(source)[0]), None
+    print(f"{source}: {torch_weights.describe(checkpoint)}")
+    if report:
+        print(report.table())
+        if not report.complete:
+            raise DataError(f"Every name and shape must fit the model that the file is of. Received: {source}, with "
+                            f"{len(report.missing)} missing, {len(report.unexpected)} unexpected and "
+                            f"{len(report.misshapen)} of another shape (listed above).")
+    if target.endswith(FILES):
+        torch_weights.write(target, checkpoint, layout)
+        print(f"wrote {target} in layout {layout}")
+    else:
+        _into_workdir(checkpoint, target, allow_probe)
+        print(f"made the workdir {target}")
+    _compare(checkpoint)
+
+
+def imported_config(checkpoint):
+    """The config of a run with the checkpoint's encoder: MoCo v1's or v2's recipe by the head, the rest by the file."""
+    built = torch_weights.architecture(checkpoint.encoder)
+    head = built["head"] if checkpoint.kind == "pretraining" else None
+    config = configs.load("moco_v1_r50" if head and head["name"] == "linear" else "moco_v2_r50")
+    config.unlock()
+    backbone = dict(built["backbone"])
+    backbone.pop("channels")
+    config.backbone = {"name": "resnet", **backbone}
+    if head:
+        config.head = head
+    elif backbone["depth"] < 50:
+        config.head.hidden_dim = 512
+    if checkpoint.queue is not None:
+        config.method.queue_size = len(checkpoint.queue)
+    return config.lock()
+
+
+def _into_workdir(checkpoint, workdir, allow_probe):
+    if checkpoint.kind != "pretraining" and not allow_probe:
+        raise DataError(f"A workdir takes a pre-training checkpoint. Received: {torch_weights.describe(checkpoint)}. "
+                        "To start from its backbone, with a new head and queue, add --allow_probe.")
+    if os.path.exists(f"{workdir}/config.json"):
+        raise UsageError(f"The target must be a new workdir. Received: {workdir}, which holds a run. Name another.")
+    config = imported_config(checkpoint)
+    set_precision(config.precision)
+    method = build_method(config, steps_per_epoch=1)
+    torch_weights.restore(method, checkpoint, backbone_only=checkpoint.kind != "pretraining")
+    open_workdir(config, workdir)
+    Checkpoints(method, f"{workdir}/checkpoints").save(0)
+
+
+def _compare(checkpoint):
+    built = torch_weights.architecture(checkpoint.encoder)
+    model = torch_weights.resnet(**built["backbone"])
+    torch_weights.load_backbone(model, checkpoint, allow_probe=True)
+    difference = torch_weights.difference_from_torchvision(model, checkpoint)
+    print("torch and torchvision are not both here, or have no such network: outputs were not compared"
+          if difference is None else
+          f"features of a fixed batch differ from PyTorch's by {difference:.1e} of their largest value")

@@ -21,8 +21,9 @@ def pretrain(argv):
     _strategy_flags(values)
     config, _ = _parse(argv, values, config=True, required=("workdir",))
     print_onednn()
-    from moco_tf.distribute import make_strategy
+    from moco_tf.distribute import make_strategy, set_intra_op_threads
     from moco_tf.train import pretrain as run
+    set_intra_op_threads(config.intra_op_threads)
     strategy, reason = make_strategy(values.strategy, values.cpu_replicas)
     results = run(config, values.workdir, strategy, reason)
     for name, title in (("knn_top1", "kNN accuracy"), ("view_retrieval", "view retrieval")):

@@ -22,6 +22,7 @@ RUN_DEFAULTS = dict(
     precision="float32",         # "float32", "bfloat16" or "float16" (with loss scaling)
     jit_compile=False,           # compile the whole step by XLA: for accelerators
     steps_per_execution=1,
+    intra_op_threads=0,          # CPU threads within one operation; 0: TensorFlow's choice. Small networks want 1
     max_bad_steps=20,            # non-finite steps in a row before the run stops
     data=dict(
         path="", split="train", data_dir="",

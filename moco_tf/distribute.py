@@ -7,6 +7,16 @@ from moco_tf.errors import UsageError
 STRATEGIES = ("auto", "default", "mirrored")
 
 
+def set_intra_op_threads(count):
+    """CPU threads within one operation; to be called before TensorFlow starts its devices. 0 leaves it to TensorFlow.
+
+    With 1, small operations do not wait for each other's threads, and independent ones (the two encoders) still run
+    side by side.
+    """
+    if count:
+        tf.config.threading.set_intra_op_parallelism_threads(count)
+
+
 def make_strategy(name="auto", cpu_replicas=0):
     """The `tf.distribute` strategy of a name, and a sentence that says why it is this one.
 

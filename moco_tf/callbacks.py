@@ -135,6 +135,8 @@ class Log(StepCallback):
     def on_step(self, step, logs):
         last = step == self.total_steps
         if not (self.crossed(self.every) or last):
+            if self.previous == self._first_step:    # the first step is traced and compiled: not what the others cost
+                self.window_began, self.begins = None, []
             return
         values = {name: float(value) for name, value in logs.items()}
         now = time.time()

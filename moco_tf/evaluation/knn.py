@@ -18,19 +18,19 @@ def knn_scores(bank, bank_labels, queries, k, temperature, num_classes, chunk=25
         (q, num_classes) scores, NumPy, of the dtype of `bank`.
     """
     bank, labels = tf.convert_to_tensor(bank), tf.cast(bank_labels, tf.int32)
-    k = min(k, bank.shape[0])
+    parts = [_votes(tf.convert_to_tensor(queries[i:i + chunk]), bank, labels, tf.constant(temperature, bank.dtype),
+                    k=min(k, bank.shape[0]), num_classes=num_classes) for i in range(0, len(queries), chunk)]
+    return np.concatenate([part.numpy() for part in parts])
 
-    @tf.function(reduce_retracing=True)
-    def scores(queries):
-        cosine, nearest = tf.math.top_k(tf.matmul(queries, bank, transpose_b=True), k)
-        rows = tf.shape(queries)[0]
-        cells = tf.range(rows)[:, None] * num_classes + tf.gather(labels, nearest)
-        votes = tf.math.unsorted_segment_sum(tf.reshape(tf.exp(cosine / temperature), [-1]), tf.reshape(cells, [-1]),
-                                             rows * num_classes)
-        return tf.reshape(votes, [rows, num_classes])
 
-    return np.concatenate([scores(tf.convert_to_tensor(queries[i:i + chunk])).numpy()
-                           for i in range(0, len(queries), chunk)])
+@tf.function(reduce_retracing=True)
+def _votes(queries, bank, labels, temperature, k, num_classes):
+    cosine, nearest = tf.math.top_k(tf.matmul(queries, bank, transpose_b=True), k)
+    rows = tf.shape(queries)[0]
+    cells = tf.range(rows)[:, None] * num_classes + tf.gather(labels, nearest)
+    votes = tf.math.unsorted_segment_sum(tf.reshape(tf.exp(cosine / temperature), [-1]), tf.reshape(cells, [-1]),
+                                         rows * num_classes)
+    return tf.reshape(votes, [rows, num_classes])
 
 
 def top_k_accuracy(scores, labels, k=1):

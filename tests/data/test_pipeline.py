@@ -1,7 +1,7 @@
 """The pipeline: what batch t holds depends on (seed, t) alone; keys come shuffled; unreadable images are replaced."""
 
-import io
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -113,8 +113,6 @@ def test_query_and_key_are_different_views_of_the_same_image():
 
 
 def test_unreadable_images_are_logged_by_path_and_replaced_by_the_next_of_the_batch(folder, tmp_path, caplog):
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     for name in ("0/03.jpg", "1/07.jpg"):
@@ -136,8 +134,6 @@ def test_unreadable_images_are_logged_by_path_and_replaced_by_the_next_of_the_ba
 
 
 def test_too_many_unreadable_images_end_the_run(folder, tmp_path):
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     for path in sorted(broken.glob("0/*.jpg"))[:10]:
@@ -151,8 +147,6 @@ def test_too_many_unreadable_images_end_the_run(folder, tmp_path):
 
 
 def test_evaluation_marks_what_fills_up_the_last_batch_and_what_cannot_be_read(folder, tmp_path):
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     (broken / "1/39.jpg").write_bytes(b"")

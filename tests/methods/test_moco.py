@@ -9,6 +9,7 @@ import tensorflow as tf
 from moco_tf import config as configs
 from moco_tf.methods.moco import MoCo
 from moco_tf.optim.sgd import SGD
+from moco_tf.shuffling import key_permutation, positions
 from moco_tf.train import build_method
 
 keras = tf.keras
@@ -100,8 +101,6 @@ def test_the_whole_step_compiles_and_agrees(shuffle):
 
 
 def test_both_ways_to_shuffle_pick_the_same_positives():
-    from moco_tf.shuffling import key_permutation, positions
-
     ours = build_method(tiny_config(shuffle_bn="cross_replica"), steps_per_epoch=10)
     pipelines = build_method(tiny_config(shuffle_bn="input"), steps_per_epoch=10)
     for step in range(3):

@@ -9,5 +9,4 @@ from moco_tf.config import recipe
 
 def get_config():
     config = recipe("moco_v2_r18_imagenette")
-    config.method.queue_size = 8192    # of 9,025 images: 0.9 epochs
     return config

@@ -29,6 +29,7 @@ class Checkpoints:
         self.folder = folder
         self.checkpoint = tf.train.Checkpoint(method=method, optimizer=method.optimizer)
         self.manager = tf.train.CheckpointManager(self.checkpoint, folder, max_to_keep=keep, checkpoint_name="step")
+        self.good = None    # path of the newest one that this process has read or written
 
     def restore(self):
         """Returns the step restored, or None when there is nothing to restore.
@@ -40,6 +41,7 @@ class Checkpoints:
         for path in found:
             try:
                 self.checkpoint.restore(path).assert_existing_objects_matched()
+                self.good = path
                 return step_of(path)
             except (tf.errors.OpError, ValueError, AssertionError, IndexError, RuntimeError) as error:
                 logging.warning("checkpoint %s cannot be read, trying the one before: %s", path, _first_line(error))
@@ -50,29 +52,37 @@ class Checkpoints:
 
     def save(self, step):
         """Raises DataError when it cannot be written; what was saved before is then still there."""
-        before = self.latest()
         try:
-            return self.manager.save(checkpoint_number=step)
+            self.good = self.manager.save(checkpoint_number=step)
         except (tf.errors.OpError, OSError) as error:
             self._remove_remains(f"step-{step}")
             raise DataError(f"A checkpoint must be written to {self.folder}. Received: {_first_line(error)}. "
-                            f"The last good one is {before or 'none'}; make room and start again, "
+                            f"The last good one is {self.good or 'none'}; make room and start again, "
                             "the same command resumes.") from None
 
     def saved(self):
         """Paths, oldest first: what lies there, not the manager's list, which a killed run may have left behind it."""
-        return sorted((path[:-len(".index")] for path in tf.io.gfile.glob(f"{self.folder}/step-*.index")), key=step_of)
-
-    def latest(self):
-        """The newest path, or None."""
-        return (self.saved() or [None])[-1]
+        return saved_checkpoints(self.folder)
 
     def _remove_remains(self, name):
-        for remains in tf.io.gfile.glob(f"{self.folder}/{name}.*") + tf.io.gfile.glob(f"{self.folder}/{name}_temp*"):
+        for remains in tf.io.gfile.listdir(self.folder):
+            path = f"{self.folder}/{remains}"
             try:
-                tf.io.gfile.rmtree(remains) if tf.io.gfile.isdir(remains) else tf.io.gfile.remove(remains)
+                if remains.startswith(f"{name}_temp"):
+                    tf.io.gfile.rmtree(path)
+                elif remains.startswith(f"{name}."):
+                    tf.io.gfile.remove(path)
             except tf.errors.OpError:
                 pass    # what cannot be removed does no harm: no list of checkpoints names it
+
+
+def saved_checkpoints(folder):
+    """Paths of the checkpoints in a folder, oldest first."""
+    if not tf.io.gfile.isdir(folder):
+        return []
+    names = [name[:-len(".index")] for name in tf.io.gfile.listdir(folder)
+             if name.startswith("step-") and name.endswith(".index")]
+    return sorted((f"{folder}/{name}" for name in names), key=step_of)
 
 
 def step_of(path):
@@ -87,7 +97,8 @@ def _first_line(error):
 class StepCallback(keras.callbacks.Callback):
     """Calls `on_step(step, logs)` with the run's global step, counted from 1; `crossed` tells when n steps are over."""
 
-    _supports_tf_logs = True    # logs stay tensors: only a step that is looked at waits for its values
+    # Keras' own callbacks set this: logs stay tensors, and only a step that is looked at waits for its values.
+    _supports_tf_logs = True
 
     def __init__(self, first_step):
         super().__init__()
@@ -225,10 +236,10 @@ class StopWhenDiverged(StepCallback):
         self.limit, self.checkpoints = limit, checkpoints
 
     def on_step(self, step, logs):
-        if self.crossed(max(1, min(self.limit // 2, 10))) and (bad := int(logs["bad_in_row"])) >= self.limit:
+        if self.crossed(max(1, min(self.limit // 2, 10))) and (bad := int(logs["longest_bad_row"])) >= self.limit:
             raise DivergedError(
-                f"Loss and gradients must be finite. Received: {bad} non-finite steps in a row, up to step {step} "
-                f"(all skipped). The last good checkpoint is {self.checkpoints.latest() or 'none'}. "
+                f"Loss and gradients must be finite. Received: {bad} non-finite steps in a row by step {step} "
+                f"(all skipped). The last good checkpoint is {self.checkpoints.good or 'none'}. "
                 "Lower optimizer.lr_per_256, set optimizer.clip_norm, or use precision=bfloat16 or float32.")
 
 

@@ -27,6 +27,8 @@ RUN_DEFAULTS = dict(
     data=dict(
         path="", split="train", data_dir="",
         classes=(),              # of a folder: the class folders to keep; () for all
+        feature="",              # of tfds: the image's name in an example; "" for "image"
+        download=False,          # of tfds: prepare the data first where they are not
         eval_split="",           # held-out images for the monitors; "": the source's usual one, or a part set apart
         holdout=0.02,            # the part set apart where there is no such split
         max_unreadable=0.01,     # of the images; above it the run stops
@@ -38,7 +40,7 @@ RUN_DEFAULTS = dict(
     monitor=dict(
         every_epochs=5,          # 0: at the start and the end only
         k=20, temperature=0.1, bank=10000, queries=2000,
-        features="backbone")     # or "embedding": the rows that vote,
+        features="backbone"),    # or "embedding": the rows that vote,
 )
 
 

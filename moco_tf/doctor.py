@@ -9,7 +9,7 @@ import time
 import tensorflow as tf
 
 from moco_tf import config as configs
-from moco_tf.distribute import make_strategy
+from moco_tf.distribute import first_row, make_strategy
 from moco_tf.errors import UsageError
 
 PACKAGES = ("moco_tf", "tensorflow", "tensorflow-datasets", "tensorflow-addons", "numpy", "ml-collections", "absl-py")
@@ -41,7 +41,7 @@ def examine(strategy_name="auto", cpu_replicas=0):
     print(f"oneDNN: {'on' if os.environ.get('TF_ENABLE_ONEDNN_OPTS', '1') == '1' else 'off (slow on most CPUs)'}")
     try:
         seconds = _two_steps(strategy)
-    except (tf.errors.OpError, RuntimeError) as error:
+    except (tf.errors.OpError, RuntimeError, ValueError) as error:
         raise UsageError(f"Two training steps must run on {reason}. Received: {str(error).splitlines()[0]}. Try "
                          "--strategy=default; on a GPU check the driver and that nothing else fills its memory.") from None
     print(f"two training steps: fine (first {seconds[0]:.1f} s with compilation, second {seconds[1]:.3f} s)")
@@ -59,8 +59,11 @@ def _two_steps(strategy):
         method = build_method(config, steps_per_epoch=1, normalize_views=normalizer(view_recipe(config)))
     size = config.views.size
     images = tf.cast(tf.random.stateless_uniform([here, size, size, 3], (0, 0), 0, 256, tf.int32), tf.uint8)
-    views = {"query": images, "key": images, "key_position": tf.range(here)}
-    step = tf.function(lambda: strategy.run(method.train_step, args=(views,)))
+
+    def one_replica():
+        return method.train_step({"query": images, "key": images, "key_position": first_row(here) + tf.range(here)})
+
+    step = tf.function(lambda: strategy.run(one_replica))
     seconds = []
     for _ in range(2):
         began = time.perf_counter()

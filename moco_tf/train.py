@@ -12,10 +12,11 @@ import time
 import numpy as np
 import tensorflow as tf
 
+from moco_tf import __version__
 from moco_tf import config as configs
 from moco_tf.backbones import BACKBONES
 from moco_tf.callbacks import (Checkpoints, Every, Log, StopOnSignal, StopWhenDiverged, append_line, keep_lines,
-                               read_lines, step_of, write_file)
+                               read_lines, saved_checkpoints, step_of, write_file)
 from moco_tf.data import sources
 from moco_tf.data.pipeline import BatchClock, Unreadable, evaluation_batches, training_batches
 from moco_tf.errors import DataError, UsageError
@@ -30,6 +31,7 @@ from moco_tf.views.recipes import RECIPES
 
 keras = tf.keras
 
+FEATURES = ("backbone", "embedding")
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16", "float64": "float64"}
 
 
@@ -45,12 +47,12 @@ def construct(table, section, kind, **extra):
     name = arguments.pop("name")
     if name not in table:
         raise UsageError(f"{kind}.name must be one of {', '.join(sorted(table))}. Received: {name!r}.")
-    takes = inspect.signature(table[name]).parameters
+    takes = [key for key in inspect.signature(table[name]).parameters if key not in extra]
     unknown = sorted(set(arguments) - set(takes) - set(extra))
     if unknown:
-        raise UsageError(f"{kind} {name!r} takes {', '.join(k for k in takes if k not in extra)}. "
-                         f"Received besides: {', '.join(unknown)}.")
-    return table[name](**{key: value for key, value in arguments.items() if key in takes})
+        raise UsageError(f"{kind} {name!r} takes {', '.join(key for key in takes if key != 'kwargs')}. "
+                         f"Received besides: {', '.join(unknown)}. Start from a recipe that has this {kind}.")
+    return table[name](**arguments)
 
 
 def view_recipe(config):
@@ -82,21 +84,16 @@ def build_encoder(config):
     size = config.views.get("size", 224)
     backbone = construct(BACKBONES, config.backbone, "backbone", size=size,
                          bn_group_size=config.bn_group_size or None)
-    head = dict(config.head)
-    kind = head.pop("name")
-    if kind not in HEADS:
-        raise UsageError(f"head.name must be one of {', '.join(sorted(HEADS))}. Received: {kind!r}.")
-    return encoder(backbone, functools.partial(HEADS[kind], **head))
+    return encoder(backbone, lambda features: construct(HEADS, config.head, "head", features=features))
 
 
 def build_method(config, steps_per_epoch, normalize_views=None):
     """The compiled method of a config, every variable made; call it under the strategy's scope."""
     keras.utils.set_random_seed(config.seed)
     method = construct(METHODS, config.method, "method", encoder=build_encoder(config), dim=config.head.dim,
-                       shuffle_bn=config.shuffle_bn, bn_group_size=config.bn_group_size, seed=config.seed)
-    method.normalize = normalize_views
-    method.clip_norm = config.optimizer.clip_norm
-    method.loss_scaling = config.precision == "float16"
+                       shuffle_bn=config.shuffle_bn, bn_group_size=config.bn_group_size, seed=config.seed,
+                       normalize=normalize_views, clip_norm=config.optimizer.clip_norm,
+                       loss_scaling=config.precision == "float16")
     method.compile(optimizer=build_optimizer(config, steps_per_epoch), jit_compile=config.jit_compile,
                    steps_per_execution=config.steps_per_execution)
     method.optimizer.build(method.trainable_weights)
@@ -122,7 +119,7 @@ def open_data(config):
     """(training source, held-out source) of a config's data section; the second one may be None."""
     data = config.data
     common = dict(name=data.name, path=data.path, data_dir=data.data_dir)
-    others = {"classes": data.classes} if data.classes else {}
+    others = {key: data[key] for key in ("classes", "feature", "download") if data[key]}
     train = sources.open_source(split=data.split, **common, **others)
     if data.eval_split or sources.has_split(split="val", **common):
         return train, sources.open_source(split=data.eval_split or "val", **common, **others)
@@ -133,6 +130,18 @@ def open_data(config):
 
 def check(config, size, replicas):
     """Raises UsageError for settings that cannot work together with `size` training images and so many replicas."""
+    if config.method.name in METHODS:
+        needed, drawn = METHODS[config.method.name].view_names, view_recipe(config).views
+        if set(needed) != set(drawn):
+            raise UsageError(f"The views must be those the method takes: {', '.join(needed)}. Received: views "
+                             f"{config.views.name!r} with {', '.join(drawn)}.")
+    if config.monitor.features not in FEATURES:
+        raise UsageError(f"monitor.features must be one of {', '.join(FEATURES)}. Received: {config.monitor.features!r}.")
+    if config.max_bad_steps < 1:
+        raise UsageError(f"max_bad_steps must be at least 1. Received: {config.max_bad_steps}.")
+    if config.jit_compile and replicas > 1:
+        raise UsageError(f"jit_compile takes one replica: XLA compiles no collectives of several. Received: {replicas}. "
+                         "Leave it out, or use --strategy=default.")
     batch = config.batch_size
     if batch > size:
         raise UsageError(f"A batch must not be larger than the data. Received: batch_size {batch}, {size} training "
@@ -156,24 +165,36 @@ def check(config, size, replicas):
 
 # ---------------------------------------------------------------------------------------------- the workdir
 
-def open_workdir(config, workdir):
-    """Makes the workdir and writes config.json; or, where one is, checks that it is the same config.
+def open_workdir(config, workdir, images=0):
+    """Makes the workdir and writes config.json; or, where a run has begun in it, checks that it is the same one.
+
+    A run has begun with its first checkpoint after step 0, which is where imported weights stand.
+
+    Args:
+        images: the number of training images; 0: not known.
 
     Raises:
-        UsageError: the workdir cannot be written; it holds another config (the message lists the keys).
+        UsageError: the workdir cannot be written; it holds a run of another config (the message lists the keys).
+        DataError: the run was begun with another number of images.
     """
-    path = f"{workdir}/config.json"
+    path, facts = f"{workdir}/config.json", f"{workdir}/data.json"
     try:
-        if tf.io.gfile.exists(path):
+        if tf.io.gfile.exists(path) and any(map(step_of, saved_checkpoints(f"{workdir}/checkpoints"))):
             stored = read_config(workdir)
             differing = configs.differences(stored, config)
             if differing:
                 raise UsageError(f"The workdir {workdir} holds a run of another config, which would not be the same run "
                                  f"any more. Differing: {'; '.join(differing)}. Use the stored values, or another "
                                  "--workdir.")
+            with tf.io.gfile.GFile(facts) as file:
+                before = json.load(file)["images"]
+            if before != images:
+                raise DataError(f"A run goes on with the images it was begun with. Received: {images} of them, {before} "
+                                f"before, in {workdir}. Restore the data, or start in another --workdir.")
         else:
             tf.io.gfile.makedirs(f"{workdir}/checkpoints")
             write_file(path, configs.to_json(config))
+            write_file(facts, json.dumps({"images": images}) + "\n")
         write_file(f"{workdir}/.writable", "")
         tf.io.gfile.remove(f"{workdir}/.writable")
     except (tf.errors.OpError, OSError) as error:
@@ -226,28 +247,32 @@ class Monitor:
         train, held_out: sources.
         extractor: of the query encoder.
         path: of monitor.jsonl.
+        writer: of tf.summary, or None.
+        line: the `ProgressLine` to print above.
+        unreadable: the training source's `Unreadable`.
     """
 
-    def __init__(self, config, train, held_out, extractor, path, writer, line):
+    def __init__(self, config, train, held_out, extractor, path, writer, line, unreadable):
         options = config.monitor
         recipe = view_recipe(config)
         whole = evaluation_recipe(config, train)
         batches = functools.partial(evaluation_batches, batch_size=config.batch_size, workers=config.data.workers)
-        self.pairs = batches(held_out, recipe, limit=options.queries, seed=config.seed)
-        self.labelled = train.num_classes > 0 and held_out.num_classes == train.num_classes
-        self.bank = batches(train, whole, limit=options.bank)
-        self.queries = batches(held_out, whole, limit=options.queries)
+        apart = Unreadable(held_out, limit=1.0)
+        self.pairs = batches(held_out, recipe, limit=options.queries, seed=config.seed, unreadable=apart)
+        self.labelled = train.num_classes > 0 and held_out.class_names == train.class_names
+        self.bank = batches(train, whole, limit=options.bank, unreadable=unreadable)
+        self.queries = batches(held_out, whole, limit=options.queries, unreadable=apart)
         self.extractor, self.num_classes, self.path, self.writer, self.line = \
             extractor, train.num_classes, path, writer, line
         self.k, self.temperature = options.k, options.temperature
-        self.column = ("backbone", "embedding").index(options.features)
+        self.column = FEATURES.index(options.features)
 
     def measure(self):
         """{"knn_top1": in [0, 1], where there are labels, "view_retrieval": in [0, 1]}."""
         values = {}
         if self.labelled:
-            bank, bank_labels, _ = self._of("image", self.bank)
-            queries, labels, _ = self._of("image", self.queries)
+            bank, bank_labels, _ = self.whole_images(self.bank)
+            queries, labels, _ = self.whole_images(self.queries)
             scores = knn_scores(bank[self.column], bank_labels, queries[self.column], self.k, self.temperature,
                                 self.num_classes)
             values["knn_top1"] = top_k_accuracy(scores, labels)
@@ -256,9 +281,10 @@ class Monitor:
         values["view_retrieval"] = view_retrieval(first, second)
         return values
 
-    def _of(self, view, batches):
+    def whole_images(self, batches):
+        """((features, embeddings), labels, index) of the bank or the queries."""
         views, labels, index = self.extractor(batches)
-        return views[view], labels, index
+        return views["image"], labels, index
 
     def __call__(self, step):
         """Measures, shows and writes down; a step that is written down already is not measured again."""
@@ -299,17 +325,17 @@ def pretrain(config, workdir, strategy=None, reason=""):
         logging.warning("jit_compile on a CPU makes the step many times slower: XLA's convolutions are slow there")
     train, held_out = open_data(config)
     check(config, train.size, replicas)
-    open_workdir(config, workdir)
     recipe = view_recipe(config)
     steps_per_epoch = train.size // config.batch_size
     total_steps = config.epochs * steps_per_epoch
 
     with strategy.scope():
         method = build_method(config, steps_per_epoch, normalizer(recipe))
+        open_workdir(config, workdir, train.size)
         checkpoints = Checkpoints(method, f"{workdir}/checkpoints", config.checkpoint.keep)
         first_step = checkpoints.restore() or 0
-        clock = BatchClock()
-    keep_lines(f"{workdir}/monitor.jsonl", lambda record: record["step"] <= first_step)
+    clock = BatchClock()
+    keep_lines(f"{workdir}/monitor.jsonl", lambda record: 0 < first_step >= record["step"])
     writer = tf.summary.create_file_writer(f"{workdir}/tensorboard") if config.log.tensorboard else None
     _announce(config, train, held_out, first_step, steps_per_epoch, replicas, reason)
 
@@ -333,30 +359,37 @@ def pretrain(config, workdir, strategy=None, reason=""):
         with stop:
             if held_out is not None:
                 extractor = Extractor(method.encoder, method.normalize)
-                monitor = Monitor(config, train, held_out, extractor, f"{workdir}/monitor.jsonl", writer, log.line)
-                monitor(first_step) if first_step == 0 else None
+                monitor = Monitor(config, train, held_out, extractor, f"{workdir}/monitor.jsonl", writer, log.line,
+                                  unreadable)
+                if first_step == 0:
+                    monitor(first_step)
                 after.append(Every(first_step, config.monitor.every_epochs * steps_per_epoch, monitor, log))
             after += [Every(first_step, config.checkpoint.every_steps, checkpoints.save, log), stop]
             if first_step < total_steps:
                 dataset = strategy.distribute_datasets_from_function(batches)
                 if first_step == 0:
-                    _show_views(batches, recipe, workdir, writer)
+                    _show_views(training_batches(train, recipe, config.batch_size, steps_per_epoch, config.seed,
+                                                 shuffle=False), recipe, workdir, writer)
                 method.fit(dataset, steps_per_epoch=total_steps - first_step, epochs=1, verbose=0,
                            callbacks=[log, *after])
-                if step_of(checkpoints.latest()) != total_steps:
+                if step_of(checkpoints.good) != total_steps:
                     checkpoints.save(total_steps)
             if monitor:
                 monitor(total_steps)
+                if config.log.embeddings:
+                    write_projector(workdir, *monitor.whole_images(monitor.queries))
+    except tf.errors.ResourceExhaustedError as error:
+        raise UsageError("A step must fit into the device's memory. Received: "
+                         f"{_first_line_of(error)}. Lower batch_size or views.size, or use precision=bfloat16.") from None
     except tf.errors.OpError as error:
-        raise unreadable.over_limit() or _data_error(error) from None
-    if config.log.embeddings and monitor:
-        write_projector(workdir, *monitor._of("image", monitor.queries))
+        raise unreadable.over_limit() or DataError(
+            f"The input or the workdir failed while training: {_first_line_of(error)}. `moco-tf data check` looks at the "
+            "images.") from None
     return _write_results(config, workdir, total_steps, log, time.time() - began, replicas, train)
 
 
-def _data_error(error):
-    first = str(error.message).splitlines()[0] if error.message else type(error).__name__
-    return DataError(f"The input or the workdir failed while training: {first}. `moco-tf data check` looks at the images.")
+def _first_line_of(error):
+    return str(error.message).splitlines()[0] if error.message else type(error).__name__
 
 
 def _announce(config, train, held_out, first_step, steps_per_epoch, replicas, reason):
@@ -385,12 +418,9 @@ def _announce(config, train, held_out, first_step, steps_per_epoch, replicas, re
     print("\n".join(lines), flush=True)
 
 
-def _show_views(batches, recipe, workdir, writer, count=8):
+def _show_views(dataset, recipe, workdir, writer, count=8):
     """The first images' views, as a picture in the workdir and in TensorBoard: a row for each view."""
-    batch = next(iter(batches(tf.distribute.InputContext())))
-    if "key" in batch:    # beside its query again
-        batch = {**batch, "key": tf.gather(batch["key"], tf.clip_by_value(batch["key_position"], 0,
-                                                                         batch["key"].shape[0] - 1))}
+    batch = next(iter(dataset))
     rows = [np.concatenate(list(batch[name][:count].numpy()), axis=1) for name in recipe.views]
     grid = np.concatenate(rows, axis=0)
     with tf.io.gfile.GFile(f"{workdir}/views.png", "wb") as file:
@@ -403,6 +433,7 @@ def _show_views(batches, recipe, workdir, writer, count=8):
 def write_projector(workdir, rows, labels, index):
     """Features for TensorBoard's embedding projector: a table of rows, one of labels, and the pointer to both."""
     folder = f"{workdir}/tensorboard"
+    tf.io.gfile.makedirs(folder)
     write_file(f"{folder}/features.tsv", "".join("\t".join(f"{v:.6g}" for v in row) + "\n" for row in rows[0]))
     write_file(f"{folder}/labels.tsv", "index\tlabel\n" + "".join(f"{i}\t{c}\n" for i, c in zip(index, labels)))
     write_file(f"{folder}/projector_config.pbtxt", 'embeddings {\n  tensor_name: "features"\n  tensor_path: '
@@ -434,4 +465,4 @@ def versions():
     """Of what computes."""
     return {"python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("tensorflow", "numpy")},
-            "moco_tf": __import__("moco_tf").__version__}
+            "moco_tf": __version__}

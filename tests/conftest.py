@@ -20,7 +20,7 @@ TINY = ["--config=smoke", "--config.batch_size=250", "--config.bn_group_size=50"
 def moco_tf(*arguments, **options):
     """Runs `moco-tf` with these arguments; returns the finished process, its output as text."""
     return subprocess.run([sys.executable, "-m", "moco_tf", *map(str, arguments)], capture_output=True, text=True,
-                          cwd=options.pop("cwd", ROOT), timeout=300, **options)
+                          cwd=options.pop("cwd", ROOT), timeout=600, **options)
 
 
 @pytest.fixture

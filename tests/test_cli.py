@@ -38,10 +38,16 @@ def test_wrong_calls_are_answered_before_tensorflow_is_imported(arguments, code,
     (["--config.precision=float8"], 2, ["bfloat16"]),
     (["--config.views.name=moco_v9"], 2, ["moco_v2"]),
     (["--config.backbone.depth=19"], 2, ["50"]),
+    (["--config.schedule.name=steps", "--config.schedule.name=cosine"], 2, ["half_cosine"]),
+    (["--config.head.name=linear"], 2, ["hidden_dim"]),
+    (["--config.monitor.features=pixels"], 2, ["embedding"]),
+    (["--config.max_bad_steps=0"], 2, ["max_bad_steps"]),
+    (["--config.jit_compile=true", "--cpu_replicas=2"], 2, ["jit_compile"]),
     (["--config.method.name=simclr"], 2, ["moco"])])
 def test_what_cannot_work_is_refused_before_training(arguments, code, words, tmp_path):
     (tmp_path / "empty").mkdir()
     check(["pretrain", "--workdir={tmp}/run", *TINY, *arguments], code, words, tmp_path)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
@@ -73,7 +79,7 @@ def test_data_check_lists_truncated_files_and_ends_with_3(tmp_path):
     broken = tmp_path / "5.jpg"
     broken.write_bytes(broken.read_bytes()[:150])
     done = moco_tf("data", "check", tmp_path)
-    assert done.returncode == 3 and str(broken) in done.stdout and "Traceback" not in done.stderr
+    assert done.returncode == 3 and broken.name in done.stdout and "Traceback" not in done.stderr
 
 
 def test_data_pack_writes_records_that_train(tmp_path):

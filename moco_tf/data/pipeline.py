@@ -20,7 +20,8 @@ SMALL = 64 * 64    # pixels of a source's images up to which a batch of them is 
 
 
 class Unreadable:
-    """Counts the images that could not be read, logs each once by its path, and stops the run above a share of them."""
+    """Counts the images that could not be read, logs each once by its path, and stops the run above a share of them
+    (rounded up to whole images)."""
 
     def __init__(self, source, limit):
         self.source, self.limit = source, limit
@@ -57,9 +58,6 @@ class BatchClock:
         """A pipeline stage: passes the batch on."""
         with tf.control_dependencies([self.times.scatter_nd_update([[step % CLOCK_SLOTS]], [tf.timestamp()])]):
             return tf.nest.map_structure(tf.identity, batch)
-
-    def ready_at(self, step):
-        return float(self.times[step % CLOCK_SLOTS].numpy())
 
 
 def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_step=0, shuffle=True, bn_group_size=0,
@@ -114,7 +112,7 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
     return batches.map(lambda step, batch: deal(step, *batch), parallel).unbatch().prefetch(2 * replicas).with_options(_options())
 
 
-def evaluation_batches(source, recipe, batch_size, limit=0, seed=0, workers=0):
+def evaluation_batches(source, recipe, batch_size, limit=0, seed=0, workers=0, unreadable=None):
     """One pass: full batches of (views, label (n,), index (n,), real (n,) bool).
 
     Rows that are not `real` are to be left out: they fill up the last batch, or could not be read.
@@ -122,6 +120,7 @@ def evaluation_batches(source, recipe, batch_size, limit=0, seed=0, workers=0):
     Args:
         limit: > 0 takes so many images, drawn as in the first epoch of seed 0, if there are more.
         seed: of the views, if they draw anything.
+        unreadable: an `Unreadable` that hears of images which do not decode.
     """
     parallel = workers or tf.data.AUTOTUNE
     count = min(limit, source.size) if limit else source.size
@@ -133,6 +132,9 @@ def evaluation_batches(source, recipe, batch_size, limit=0, seed=0, workers=0):
 
     def split(step, readable, batch):
         real = readable & (step * batch_size + tf.range(batch_size, dtype=tf.int64) < count)
+        if unreadable:
+            with tf.control_dependencies([_report(unreadable, readable, batch["index"])]):
+                real = tf.identity(real)
         return {name: batch[name] for name in recipe.views}, batch["label"], batch["index"], real
 
     viewed = _viewed(source, recipe, examples, seeds, batch_size, parallel)
@@ -200,14 +202,24 @@ def _without_unreadable(readable, batch, unreadable):
         return batch
 
     def repair():
-        report = tf.numpy_function(unreadable.report, [tf.boolean_mask(batch["index"], tf.logical_not(readable))], [])
         size = readable.shape[0]
         ahead = (tf.range(size)[None, :] - tf.range(size)[:, None]) % size    # how far row j lies ahead of row i
         source_row = tf.argmin(tf.where(readable[None, :], ahead, size), axis=1)
-        with tf.control_dependencies([report, tf.debugging.Assert(tf.reduce_any(readable), ["no image is readable"])]):
-            return {name: tf.gather(value, source_row) for name, value in batch.items()}
+        return {name: tf.gather(value, source_row) for name, value in batch.items()}
 
-    return tf.cond(tf.reduce_all(readable), lambda: dict(batch), repair)
+    some = tf.debugging.Assert(tf.reduce_any(readable), ["no image of a batch is readable"])
+    with tf.control_dependencies([_report(unreadable, readable, batch["index"]), some]):
+        return tf.cond(tf.reduce_all(readable), lambda: dict(batch), repair)
+
+
+def _report(unreadable, readable, indexes):
+    """Tells an `Unreadable` of a batch, if there is anything to tell."""
+    def tell():
+        bad = tf.boolean_mask(indexes, tf.logical_not(readable))
+        with tf.control_dependencies([tf.numpy_function(unreadable.report, [bad], [])]):
+            return tf.constant(True)
+
+    return tf.cond(tf.reduce_all(readable), lambda: tf.constant(True), tell)
 
 
 def _options():

@@ -3,6 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
+from moco_tf.errors import DataError
 from moco_tf.losses import at_least_float32, unit
 
 keras = tf.keras
@@ -46,5 +47,8 @@ class Extractor:
             indexes.append(index.numpy()[real])
             if progress:
                 progress(int(real.sum()))
+        if not sum(map(len, labels)):
+            raise DataError("Some images to evaluate on must be readable. Received: none that is. "
+                            "`moco-tf data check` lists them.")
         joined = {name: tuple(np.concatenate(column) for column in zip(*rows)) for name, rows in parts.items()}
         return joined, np.concatenate(labels), np.concatenate(indexes)

@@ -6,7 +6,7 @@ from moco_tf.data.pipeline import evaluation_batches
 from moco_tf.errors import DataError
 from moco_tf.evaluation.features import Extractor
 from moco_tf.evaluation.knn import knn_scores, top_k_accuracy
-from moco_tf.train import evaluation_recipe, open_data, restore_method
+from moco_tf.train import FEATURES, evaluation_recipe, open_data, restore_method
 
 
 def knn_report(config, workdir, ks=(20, 200), temperatures=(0.07, 0.1), features="backbone", batch_size=250):
@@ -29,13 +29,13 @@ def knn_report(config, workdir, ks=(20, 200), temperatures=(0.07, 0.1), features
     if not train.num_classes:
         raise DataError("kNN accuracy needs labels: class folders, or labelled records. Received: images without. "
                         "Training reports view retrieval for such.")
-    if held_out is None or held_out.num_classes != train.num_classes:
+    if held_out is None or held_out.class_names != train.class_names:
         raise DataError("kNN accuracy needs held-out images of the same classes. Received: "
-                        f"{'none' if held_out is None else f'{held_out.num_classes} classes, not {train.num_classes}'}. "
+                        f"{'none' if held_out is None else f'{held_out.num_classes} classes, not the same {train.num_classes}'}. "
                         "Name them by data.eval_split.")
     whole = evaluation_recipe(own, train)
     extractor = Extractor(method.encoder, method.normalize)
-    column = ("backbone", "embedding").index(features)
+    column = FEATURES.index(features)
     rows = []
     for name, source in (("bank", train), ("queries", held_out)):
         batches = evaluation_batches(source, whole, batch_size, workers=own.data.workers)

@@ -1,6 +1,6 @@
 """`moco-tf convert`: between workdirs and files of weights."""
 
-import os
+import tensorflow as tf
 
 from moco_tf import config as configs
 from moco_tf.callbacks import Checkpoints
@@ -66,7 +66,7 @@ def _into_workdir(checkpoint, workdir, allow_probe):
     if checkpoint.kind != "pretraining" and not allow_probe:
         raise DataError(f"A workdir takes a pre-training checkpoint. Received: {torch_weights.describe(checkpoint)}. "
                         "To start from its backbone, with a new head and queue, add --allow_probe.")
-    if os.path.exists(f"{workdir}/config.json"):
+    if tf.io.gfile.exists(f"{workdir}/config.json"):
         raise UsageError(f"The target must be a new workdir. Received: {workdir}, which holds a run. Name another.")
     config = imported_config(checkpoint)
     set_precision(config.precision)

@@ -12,7 +12,8 @@ LOSS_SCALE_GROWTH_STEPS = 2000    # good steps before float16's loss scale doubl
 class Method(keras.Model):
     """Views to loss: encode_keys(views) -> keys; contrastive_loss(views, keys) -> losses, outputs; update_memory.
 
-    A subclass writes these three hooks, each for one replica. Everything outside the encoders is at least float32.
+    A subclass writes these three hooks, each for one replica, and names in `view_names` what views it needs. Everything
+    outside the encoders is at least float32.
 
     Args:
         encoder: the query encoder, images (N, S, S, 3) -> (N, C).
@@ -22,6 +23,8 @@ class Method(keras.Model):
             2,000 good steps; gradients are divided by it.
     """
 
+    view_names = ()
+
     def __init__(self, encoder, normalize=None, clip_norm=0.0, loss_scaling=False, **kwargs):
         super().__init__(**kwargs)
         self.encoder = encoder
@@ -30,10 +33,15 @@ class Method(keras.Model):
         self.loss_scaling = loss_scaling
         self.distribute_reduction_method = "first"    # the step returns means over the replicas already
         state = dict(trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
-        self.loss_scale = tf.Variable(2.0 ** 16 if loss_scaling else 1.0, name="loss_scale", **state)
+        self.loss_scale = tf.Variable(2.0 ** 16, name="loss_scale", **state)
         self.good_in_row = tf.Variable(0, name="good_steps_in_row", **state)
         self.bad_in_row = tf.Variable(0, name="bad_steps_in_row", **state)
+        self.longest_bad_row = tf.Variable(0, name="longest_row_of_bad_steps", **state)
         self.bad_steps = tf.Variable(0, name="bad_steps", **state)
+
+    def compile(self, optimizer, **kwargs):
+        super().compile(optimizer=optimizer, **kwargs)
+        self.optimizer = optimizer    # under mixed_float16 Keras wraps it for a loss scaling of its own
 
     def encode_keys(self, views):
         """Views -> whatever `contrastive_loss` compares queries with; no gradient flows through it."""
@@ -58,7 +66,7 @@ class Method(keras.Model):
         with tf.GradientTape() as tape:
             losses, outputs = self.contrastive_loss(views, keys)
             loss = tf.reduce_mean(losses)
-            scaled = loss * tf.cast(self.loss_scale, loss.dtype)
+            scaled = loss * tf.cast(self.loss_scale, loss.dtype) if self.loss_scaling else loss
         variables = self.trainable_weights
         gradients = tape.gradient(scaled, variables)
         loss, gradients = mean_over_replicas((loss, gradients))
@@ -72,13 +80,16 @@ class Method(keras.Model):
         apply_gradients_if(finite, self.optimizer, gradients, variables)
         self.update_memory(keys, outputs, write=finite)
         self._count(finite)
-        return {"loss": loss, "gradient_norm": norm, "bad_in_row": self.bad_in_row, "bad_steps": self.bad_steps,
+        return {"loss": loss, "gradient_norm": norm, "bad_steps": self.bad_steps,
+                "longest_bad_row": self.longest_bad_row,
                 **mean_over_replicas(self.metrics_of(keys, outputs))}
 
     def _count(self, finite):
         bad = tf.cast(tf.logical_not(finite), tf.int32)
         self.bad_steps.assign_add(bad)
-        self.bad_in_row.assign((self.bad_in_row + 1) * bad)
+        in_row = (self.bad_in_row + 1) * bad
+        self.bad_in_row.assign(in_row)
+        self.longest_bad_row.assign(tf.maximum(self.longest_bad_row, in_row))
         if self.loss_scaling:
             good = (self.good_in_row + 1) * (1 - bad)
             grown = good >= LOSS_SCALE_GROWTH_STEPS

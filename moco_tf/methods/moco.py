@@ -27,6 +27,8 @@ class MoCo(Method):
         seed: of the queue's first rows and of the permutations.
     """
 
+    view_names = ("query", "key")
+
     def __init__(self, encoder, dim, queue_size, temperature, momentum, shuffle_bn="input", bn_group_size=0, seed=0,
                  **kwargs):
         super().__init__(encoder, **kwargs)

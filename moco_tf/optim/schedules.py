@@ -1,5 +1,6 @@
 """Learning rates over the course of a run, as pure functions of the epoch, and the object that Keras asks for one."""
 
+import inspect
 import math
 
 import tensorflow as tf
@@ -42,6 +43,11 @@ class EpochSchedule(keras.optimizers.schedules.LearningRateSchedule):
                  first_epoch=0, **options):
         if name not in SCHEDULES:
             raise UsageError(f"schedule.name must be one of {', '.join(SCHEDULES)}. Received: {name!r}.")
+        takes = list(inspect.signature(SCHEDULES[name]).parameters)[3:]
+        unknown = sorted(set(options) - set(takes))
+        if unknown:
+            raise UsageError(f"schedule {name!r} takes {', '.join(takes) or 'no options'}. Received besides: "
+                             f"{', '.join(unknown)}. Start from a recipe with this schedule.")
         self.config = dict(name=name, base=base, epochs=epochs, steps_per_epoch=steps_per_epoch, per_step=per_step,
                            warmup_epochs=warmup_epochs, first_epoch=first_epoch, **options)
         self.curve = lambda epoch: SCHEDULES[name](epoch, epochs, base, **options)

@@ -53,26 +53,26 @@ def test_a_non_finite_step_leaves_everything_as_it_was_and_is_counted():
     broken["query"] = tf.tensor_scatter_nd_update(broken["query"], [[0, 0, 0, 0]], [float("nan")])
     logs = step(broken)
     after = state(method)
-    assert int(logs["bad_in_row"]) == 1 and int(logs["bad_steps"]) == 1
+    assert int(logs["longest_bad_row"]) == 1 and int(logs["bad_steps"]) == 1
     changed = [v.name for v, a, b in zip([*method.weights, *method.optimizer.variables], before, after)
                if not np.array_equal(a, b)]
     # The momentum encoder has followed, and both encoders' statistics have moved by their finite batches; nothing else.
-    assert all("moving" in name or "bad_" in name or name in {v.name for v in method.key_encoder.weights} or
+    assert all("moving" in name or "bad_" in name or "good_" in name or name in {v.name for v in method.key_encoder.weights} or
                "iteration" in name or "learning_rate" in name for name in changed)
     assert all(np.isfinite(value).all() for value in after if value.dtype.kind == "f")
     logs = step(batch(2))
-    assert int(logs["bad_in_row"]) == 0 and int(logs["bad_steps"]) == 1 and math.isfinite(float(logs["loss"]))
+    assert int(method.bad_in_row) == 0 and int(logs["bad_steps"]) == 1 and math.isfinite(float(logs["loss"]))
 
 
 def test_loss_scaling_halves_on_overflow_and_leaves_the_gradients():
-    plain, scaled = (build_method(tiny_config(), steps_per_epoch=10) for _ in range(2))
-    scaled.loss_scaling = True
-    scaled.loss_scale.assign(2.0 ** 16)
+    plain, scaled = (build_method(tiny_config(precision=precision), steps_per_epoch=10)
+                     for precision in ("float32", "float16"))    # the encoders stay float32: the policy is not set
+    assert float(scaled.loss_scale) == 2.0 ** 16 and scaled.loss_scaling and not plain.loss_scaling
     for step in range(2):
         one, other = plain.train_step(batch(step)), scaled.train_step(batch(step))
         np.testing.assert_allclose(one["gradient_norm"], other["gradient_norm"], rtol=1e-4)
     scaled.loss_scale.assign(3e38)    # the scaled loss overflows
-    assert int(scaled.train_step(batch(2))["bad_in_row"]) == 1
+    assert int(scaled.train_step(batch(2))["bad_steps"]) == 1
     np.testing.assert_allclose(scaled.loss_scale, 1.5e38)
 
 

@@ -2,8 +2,8 @@
 
     tfds build cifar10 && moco-tf pretrain --config=moco_v2_r18_cifar10 --workdir=runs/cifar10
 
-The figures are of its asymmetric loss, which is the one here. It splits BatchNorm into 8 groups of the 512 images, and has MoCo v2's crop and colours but no blur, no MLP head.
-Not trained by us.
+The figures are of its asymmetric loss, which is the one here. It splits BatchNorm into 8 groups of the 512 images, and has
+neither blur nor an MLP head. Not trained by us.
 """
 from ml_collections import ConfigDict
 

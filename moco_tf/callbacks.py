@@ -10,6 +10,7 @@ import time
 import tensorflow as tf
 
 from moco_tf.errors import DataError, DivergedError, Preempted
+from moco_tf.files import write_file
 
 keras = tf.keras
 
@@ -309,13 +310,6 @@ def keep_lines(path, keep):
     """Takes the records out for which `keep` is False."""
     if tf.io.gfile.exists(path):
         write_file(path, "".join(json.dumps(record) + "\n" for record in read_lines(path) if keep(record)))
-
-
-def write_file(path, text):
-    """Whole or not at all: under another name first, then renamed."""
-    with tf.io.gfile.GFile(f"{path}.partial", "w") as file:
-        file.write(text)
-    tf.io.gfile.rename(f"{path}.partial", path, overwrite=True)
 
 
 def clock_time(seconds):

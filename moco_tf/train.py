@@ -16,12 +16,13 @@ from moco_tf import __version__
 from moco_tf import config as configs
 from moco_tf.backbones import BACKBONES
 from moco_tf.callbacks import (Checkpoints, Every, Log, StopOnSignal, StopWhenDiverged, append_line, keep_lines,
-                               read_lines, saved_checkpoints, step_of, write_file)
+                               read_lines, saved_checkpoints, step_of)
 from moco_tf.data import sources
 from moco_tf.data.pipeline import BatchClock, Unreadable, evaluation_batches, training_batches
 from moco_tf.errors import DataError, UsageError
 from moco_tf.evaluation.features import Extractor
 from moco_tf.evaluation.knn import knn_scores, top_k_accuracy, view_retrieval
+from moco_tf.files import write_file
 from moco_tf.heads import HEADS, encoder
 from moco_tf.methods import METHODS
 from moco_tf.optim import OPTIMIZERS

@@ -145,7 +145,7 @@ def test_a_broken_last_checkpoint_is_written_again(tmp_path):
 
 
 def test_two_replicas_resume_bit_for_bit(tmp_path):
-    replicas = ["--strategy=mirrored", "--cpu_replicas=2"]
+    replicas = ["--strategy=mirrored", "--cpu_replicas=2", "--config.bn_group_size=25"]
     for name in ("whole", "stopped"):
         done = pretrain(tmp_path / name, *replicas)
         assert done.returncode == 0, done.stderr
@@ -154,13 +154,6 @@ def test_two_replicas_resume_bit_for_bit(tmp_path):
     done = pretrain(tmp_path / "stopped", *replicas)
     assert done.returncode == 0 and "resuming at step 30" in done.stdout, done.stderr
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
-
-
-def test_a_compiled_run_has_the_losses_of_one_that_is_not(finished, tmp_path):
-    done = pretrain(tmp_path / "run", "--config.jit_compile=true")
-    assert done.returncode == 0, done.stderr
-    losses = [[line["loss"] for line in lines(workdir)[:5]] for workdir in (tmp_path / "run", finished[0])]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
 
 
 def test_changed_data_are_noticed(finished, tmp_path):

@@ -16,6 +16,7 @@ import tqdm
 from moco_tf.data.decode import decode_image
 from moco_tf.data.sources import Folder, Records, facts_path, list_images, one_line, read_facts, readable, require_path
 from moco_tf.errors import DataError, UsageError
+from moco_tf.files import write_file
 
 SHARD_BYTES = 150_000_000    # a shard that holds so much is closed: large reads, and shards enough to mix
 SHOWN_GROUPS = 20
@@ -143,7 +144,7 @@ def pack(source, out, split="train", shards=None, overwrite=False, workers=None)
         facts, unreadable = write_shards(source, out, split, shards, workers)
         if not facts["examples"]:
             raise DataError(f"There must be readable images to pack. Unreadable: all {len(unreadable)}.")
-        write_atomically(facts_path(out, split), json.dumps(facts))
+        write_file(facts_path(out, split), json.dumps(facts))
     except tf.errors.OpError as error:
         raise DataError(f"Packing must be able to read its source and to write {out}. {reason(error)}") from error
     return Packed(path=out, split=split, images=facts["examples"], shards=len(facts["shards"]),
@@ -278,13 +279,6 @@ def clear(out, split):
     for name in tf.io.gfile.listdir(out):
         if re.fullmatch(re.escape(split) + r"-\d{5}\.tfrecord(\.partial)?", name):
             tf.io.gfile.remove(os.path.join(out, name))
-
-
-def write_atomically(path, text):
-    partial = path + ".partial"
-    with tf.io.gfile.GFile(partial, "w") as file:
-        file.write(text)
-    tf.io.gfile.rename(partial, path, overwrite=True)
 
 
 def in_parallel(tasks, workers=None):

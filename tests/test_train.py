@@ -1,7 +1,6 @@
 """Whole runs of the command: what they leave, and that a stopped run ends as one that was not."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal

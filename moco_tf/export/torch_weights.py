@@ -7,6 +7,7 @@ Files, models and layouts meet in one value, `Checkpoint`:
     model -- checkpoint_of --> Checkpoint -- LAYOUTS[layout], write --> .pth, .pth.tar, .safetensors, .pkl
 """
 
+import argparse
 import importlib
 import os
 import pickle
@@ -157,6 +158,8 @@ def parse(state):
         return Checkpoint(
             "pretraining", _below("encoder_q.", state), _below("encoder_k.", state),
             None if queue is None else np.ascontiguousarray(queue.T), int(np.ravel(state.get("queue_ptr", 0))[0]))
+    if "encoder.module.conv1.weight" in state:    # InsDis of the CMC repository: its memory bank is not in the state
+        return Checkpoint("pretraining", _below("encoder.module.", state), {})
     if "conv1.weight" not in state:
         raise DataError("The file must be of MoCo v1 or v2, or a ResNet in torchvision's names. Received: "
                         f"{len(state)} names such as {', '.join(list(state)[:3]) or '(none)'}.")
@@ -166,7 +169,6 @@ def parse(state):
 FOREIGN = {    # told by how their names begin
     ("base_encoder.", "momentum_encoder."): "a MoCo v3 pre-training file",
     ("l_to_ab.", "ab_to_l.", "encoder.module.l_to_ab.", "encoder.l_to_ab."): "a CMC pre-training file",
-    ("encoder.",): "an InsDis pre-training file",
     ("cls_token", "patch_embed."): "a vision transformer",
 }
 
@@ -377,7 +379,9 @@ def _read_safetensors(path):
 def _read_torch(path):
     torch = _need("torch")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # CMC's and InsDis' files hold their options in a Namespace: a plain record, which runs nothing.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:    # a broken file can make the reader fail in any way
         needs = re.search(r"GLOBAL ([\w.]+\w)|Unsupported (operand \d+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and needs:

@@ -41,7 +41,8 @@ class Method(keras.Model):
 
     def compile(self, optimizer, **kwargs):
         super().compile(optimizer=optimizer, **kwargs)
-        self.optimizer = optimizer    # under mixed_float16 Keras wraps it for a loss scaling of its own
+        # Under mixed_float16 Keras wraps the optimizer for a loss scaling of its own.
+        self.optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
 
     def encode_keys(self, views):
         """Views -> whatever `contrastive_loss` compares queries with; no gradient flows through it."""

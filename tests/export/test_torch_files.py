@@ -1,5 +1,6 @@
 """Files that PyTorch and safetensors write and read, and PyTorch's own networks. Needs the extra `torch`."""
 
+import argparse
 import os
 import pickle
 import resource
@@ -261,3 +262,18 @@ def test_the_difference_from_torchvision_is_measured_where_there_is_one(monkeypa
     assert torch_weights.difference_from_torchvision(model, wide) is None
     monkeypatch.setitem(sys.modules, "torchvision.models.resnet", None)
     assert torch_weights.difference_from_torchvision(model, checkpoint) is None
+
+
+def test_an_insdis_file_with_its_options_is_read_and_starts_both_encoders(tmp_path):
+    encoders = [encoder(resnet(depth=18, width=0.25, size=32), lambda x: linear(x, dim=16)) for _ in range(2)]
+    state = {f"encoder.module.{name}": torch.from_numpy(np.array(value))
+             for name, value in torch_weights.state_dict(encoders[0]).items()}
+    path = str(tmp_path / "ckpt_epoch_10.pth")
+    torch.save({"opt": argparse.Namespace(nce_k=4096), "model": state, "epoch": 10}, path)
+    checkpoint = torch_weights.parse(torch_weights.read_state_dict(path))
+    assert checkpoint.kind == "pretraining" and checkpoint.queue is None and not checkpoint.key_encoder
+    method = MoCo(encoders[1], dim=16, queue_size=32, temperature=0.1, momentum=0.9)
+    torch_weights.restore(method, checkpoint)
+    for ours in (method.encoder, method.key_encoder):
+        for value, expected in zip(ours.get_weights(), encoders[0].get_weights()):
+            np.testing.assert_array_equal(value, expected)

@@ -66,10 +66,10 @@ def cases(kind, supported=lambda settings: True):
 def has_encoder(settings):
     """Whether the project has the encoder: an RGB ResNet of even width, without a head or with linear layers and ReLU.
 
-    CMC's and InsDis's encoders, MoCo v3's heads with BatchNorm and the vision transformers are not here yet.
+    CMC's encoders, InsDis's wide one (whose stem keeps its width), MoCo v3's heads with BatchNorm and the vision transformers are not here yet.
     """
     backbone, head = settings["backbone"], settings["head"]
-    return (settings["method"] in (None, "moco", "moco_v1", "moco_v2") and settings.get("predictor") is None
+    return (settings["method"] in (None, "moco", "moco_v1", "moco_v2", "insdis") and settings.get("predictor") is None
             and backbone["family"] in BACKBONES and backbone["stem_channels"] == 64 * backbone["width_multiplier"]
             and len(settings["branches"]) == 1
             and (head is None or all(module["type"] in ("linear", "relu") for module in head["modules"])))

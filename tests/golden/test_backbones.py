@@ -41,8 +41,10 @@ def test_encoder(run, tag):
         means = tf.reduce_mean(features, axis=(1, 2))[:, :settings["stage_channels"]]
         replay.check(run, tag, means, run[f"stage/{stage}"], stage)
     for key, wanted in settings["outputs"].items():
-        value = {"pooled": pooled, "head": last}[wanted["layer"]]
-        value = unit(value) if wanted["normalize"] else value
+        # InsDis numbers its layers, and its last one is the head with the model's own norm.
+        value = {"pooled": pooled, "head": last, "layer6": pooled, "layer7": last}[wanted["layer"]]
+        norm = wanted["normalize"] or (wanted["layer"] == "layer7" and settings["head"]["normalize"])
+        value = unit(value) if norm else value
         assert value.dtype == replay.DTYPES[tag]
         replay.check(run, tag, value[:, :wanted["first"]], run[f"{tag}/{key}"], key)
 

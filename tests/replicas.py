@@ -24,7 +24,7 @@ def main(replicas, shuffle, precision, out):
     strategy, _ = make_strategy("auto" if replicas == 1 else "mirrored", replicas)
     config = configs.override(configs.load("smoke"), **{
         "batch_size": 32, "bn_group_size": 8, "views.size": 12, "method.queue_size": 100, "shuffle_bn": shuffle,
-        "optimizer.lr_per_256": 0.2, "precision": precision})
+        "optimizer.lr_per_256": 0.2 if precision == "float64" else 0.03, "precision": precision})
     set_precision(precision)
     source, recipe = open_source("embedded"), RECIPES["quickstart"](size=12, xla=False)
     with strategy.scope():

@@ -39,9 +39,8 @@ def test_replicas_train_as_one(replicas, shuffle, alone, tmp_path):
     assert_equal(trained(replicas, shuffle, "float64", tmp_path), alone["float64"], 1e-9)
 
 
-def test_two_replicas_train_as_one_in_float32_up_to_flipped_gates(alone, tmp_path):
-    """A ReLU that sits at 0 within rounding may fall to the other side, and gradients then differ by more than rounding:
-    the first two losses are compared to 1e-5, the rest to what such flips do."""
-    ours, expected = (run["losses"][:, 0] for run in (trained(2, "input", "float32", tmp_path), alone["float32"]))
-    np.testing.assert_allclose(ours[:2], expected[:2], rtol=1e-5)
-    np.testing.assert_allclose(ours, expected, rtol=1e-3)
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_the_losses_of_replicas_are_those_of_one_in_float32(replicas, alone, tmp_path):
+    """At MoCo's learning rate. At larger ones a ReLU near 0 sooner falls to the other side, and rounding grows."""
+    ours = trained(replicas, "input", "float32", tmp_path)["losses"][:, 0]
+    np.testing.assert_allclose(ours, alone["float32"]["losses"][:, 0], rtol=1e-5)

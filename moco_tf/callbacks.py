@@ -38,7 +38,8 @@ class Checkpoints:
         Raises:
             DataError: there are checkpoints, and none of them can be read.
         """
-        found = self.saved()[::-1]
+        # By what lies there, not by the manager's list, which a killed run may have left behind it.
+        found = saved_checkpoints(self.folder)[::-1]
         for path in found:
             try:
                 self.checkpoint.restore(path).assert_existing_objects_matched()
@@ -60,10 +61,6 @@ class Checkpoints:
             raise DataError(f"A checkpoint must be written to {self.folder}. Received: {_first_line(error)}. "
                             f"The last good one is {self.good or 'none'}; make room and start again, "
                             "the same command resumes.") from None
-
-    def saved(self):
-        """Paths, oldest first: what lies there, not the manager's list, which a killed run may have left behind it."""
-        return saved_checkpoints(self.folder)
 
     def _remove_remains(self, name):
         for remains in tf.io.gfile.listdir(self.folder):

@@ -62,7 +62,7 @@ def resnet(depth=50, width=1, groups=1, width_per_group=64, stem="imagenet", zer
             else:
                 inner = int(planes * width_per_group / 64) * groups
                 x = _bottleneck(x, planes, inner, groups, stride, norm, last_norm, name)
-    features = keras.layers.GlobalAveragePooling2D(name="avgpool")(x)
+    features = keras.layers.GlobalAveragePooling2D(name="features")(x)
     return keras.Model(images, features, name=f"resnet{depth}")
 
 

@@ -11,14 +11,14 @@ keras = tf.keras
 
 def features_and_embeddings(encoder):
     """A model (B, S, S, 3) -> (features (B, D) after global average pooling, embeddings (B, C)); shares the weights."""
-    return keras.Model(encoder.input, [encoder.get_layer("avgpool").output, encoder.output])
+    return keras.Model(encoder.input, [encoder.get_layer("features").output, encoder.output])
 
 
 class Extractor:
     """Turns views into unit rows, in inference mode.
 
     Args:
-        encoder: images -> embeddings, with the pooled features in the layer "avgpool".
+        encoder: images -> embeddings, with the pooled features in the layer "features".
         normalize: uint8 images -> what the encoder takes.
     """
 

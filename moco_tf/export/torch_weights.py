@@ -302,7 +302,7 @@ def load_backbone(backbone, checkpoint, allow_probe=False):
 
 
 def _load_backbone(model, checkpoint):
-    trunk = keras.Model(model.input, model.get_layer("avgpool").output)
+    trunk = keras.Model(model.input, model.get_layer("features").output)
     return load_into(trunk, _headless(checkpoint.encoder))
 
 
@@ -484,7 +484,7 @@ def difference_from_torchvision(model, checkpoint):
     images = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
     with torch.no_grad():
         theirs = network.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
-    ours = keras.Model(model.input, model.get_layer("avgpool").output)(images, training=False).numpy()
+    ours = keras.Model(model.input, model.get_layer("features").output)(images, training=False).numpy()
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 

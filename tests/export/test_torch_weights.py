@@ -160,7 +160,7 @@ def probe(prefix="module."):
 
 def test_kinds_are_told_apart():
     method = small_method()
-    backbone = keras.Model(method.encoder.input, method.encoder.get_layer("avgpool").output)
+    backbone = keras.Model(method.encoder.input, method.encoder.get_layer("features").output)
     assert torch_weights.parse(torch_weights.official(torch_weights.checkpoint_of(method))).kind == "pretraining"
     assert torch_weights.parse(torch_weights.state_dict(backbone)).kind == "backbone"
     assert probe("module.").kind == probe("").kind == "probe"

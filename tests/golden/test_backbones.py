@@ -32,7 +32,7 @@ def test_encoder(run, tag):
     with replay.precision(tag):
         model = replay.build_encoder(settings)
         stages = settings["stages"] if tag == "f32" else []    # stored in float32 only
-        layers = ["avgpool", *(_stage_output(model, stage) for stage in stages)]
+        layers = ["features", *(_stage_output(model, stage) for stage in stages)]
         outputs = keras.Model(model.input, [model.output, *(model.get_layer(layer).output for layer in layers)])(
             images[..., settings["branches"][0]["channels"]], training=settings["mode"] == "train")
     last, pooled, *maps = outputs

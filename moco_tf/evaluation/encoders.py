@@ -1,0 +1,189 @@
+"""Where features come from: a run, a file of weights from PyTorch, or a SavedModel."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import typing
+
+import tensorflow as tf
+
+from moco_tf.errors import DataError, UsageError
+from moco_tf.export import torch_weights
+from moco_tf.export.exchange import FILES, imported_config
+from moco_tf.losses import at_least_float32
+from moco_tf.train import build_encoder, normalizer, restore_method, set_precision, view_recipe
+
+keras = tf.keras
+
+SIDES = ("query", "key")
+METADATA = "moco_tf.json"    # beside saved_model.pb: what `moco-tf export` says of the model
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """An encoder to evaluate, with weights of its own on the current strategy's devices.
+
+    Attributes:
+        path: where it came from.
+        description: what it is, in a few words.
+        models: {"backbone": Keras layer, images -> (B, D); "embedding": the same with the head, where there is one}.
+        normalize: uint8 images (B, size, size, 3) -> what the models take.
+        size: side of the images in pixels.
+        config: of the run, or the one that a file's encoder would be trained with; None for a SavedModel.
+        step: of the run's checkpoint; None for others.
+    """
+
+    path: str
+    description: str
+    models: typing.Mapping
+    normalize: typing.Callable
+    size: int
+    config: typing.Any = None
+    step: typing.Optional[int] = None
+
+    def rows(self, images, features="backbone", training=False):
+        """uint8 images (B, size, size, 3) -> (B, D) or (B, C), at least float32, not normalised.
+
+        Raises:
+            UsageError: `features` that this encoder does not have.
+        """
+        if features not in self.models:
+            raise UsageError(f"The features must be one of {', '.join(self.models)}. Received: {features!r} of "
+                             f"{self.path}.")
+        return at_least_float32(self.models[features](self.normalize(images), training=training))
+
+    def fingerprint(self):
+        """A digest of the bytes of all weights, in their order; equal only where every bit is."""
+        digest = hashlib.sha256()
+        for variable in max(self.models.values(), key=lambda model: len(model.weights)).weights:
+            digest.update(tf.io.serialize_tensor(tf.convert_to_tensor(variable)).numpy())
+        return digest.hexdigest()
+
+
+def open_encoder(path, side="query", size=0):
+    """The encoder of a run's workdir, of a .pth, .pt or .safetensors file, or of a SavedModel's folder.
+
+    A SavedModel must have a signature "features" that takes images (B, S, S, 3) in [0, 1] as its only argument and
+    returns (B, D); one of `moco-tf export` has. "embedding" is used where there is such.
+
+    Args:
+        path: may be gs://, but for files of PyTorch.
+        side: "query", or "key" for the momentum encoder, of a run.
+        size: of the images; 0: the one the encoder was made for.
+
+    Raises:
+        UsageError: nothing of the kind at this path; a side that it does not have.
+        DataError: a file that cannot be read, or of another model.
+    """
+    if side not in SIDES:
+        raise UsageError(f"The encoder's side must be one of {', '.join(SIDES)}. Received: {side!r}.")
+    if path.endswith(FILES):
+        return _of_file(path, side, size)
+    if tf.io.gfile.exists(f"{path}/config.json"):
+        return _of_run(path, side, size)
+    if side == "query" and tf.io.gfile.exists(f"{path}/saved_model.pb"):
+        return _of_saved_model(path, size)
+    raise UsageError("An encoder is a run's workdir, a SavedModel's folder (side query), or a file in "
+                     f"{', '.join(FILES)}. Received: {path}, which is none of these.")
+
+
+def parts(encoder):
+    """{"backbone": images -> features, "embedding": the whole} of an encoder model; they share its weights."""
+    return {"backbone": keras.Model(encoder.input, encoder.get_layer("features").output, name="backbone"),
+            "embedding": encoder}
+
+
+def _of_run(path, side, size):
+    method, config, step = restore_method(path)
+    encoder = method.encoder if side == "query" else getattr(method, "key_encoder", None)
+    if encoder is None:
+        raise UsageError(f"A key encoder belongs to methods that have a momentum encoder. Received: {path}, of "
+                         f"{config.method.name}. Use the query encoder.")
+    return Encoder(path, f"{config.method.name}, {side} encoder at step {step}", parts(encoder), method.normalize,
+                   size or config.views.size, config, step)
+
+
+def _of_file(path, side, size):
+    checkpoint = torch_weights.parse(torch_weights.read_state_dict(path))
+    config = imported_config(checkpoint)
+    if size:
+        config.unlock()
+        config.views.size = size
+        config.lock()
+    set_precision(config.precision)
+    encoder = build_encoder(config)
+    state = checkpoint.encoder if side == "query" else checkpoint.key_encoder
+    if not state:
+        raise UsageError(f"The file must hold a key encoder. Received: {path}, without one. Use the query encoder.")
+    whole = checkpoint.kind == "pretraining"
+    if whole:
+        torch_weights.load_into(encoder, state)
+    else:
+        torch_weights.load_backbone(encoder, checkpoint, allow_probe=True)
+    models = parts(encoder)
+    return Encoder(path, torch_weights.describe(checkpoint), models if whole else {"backbone": models["backbone"]},
+                   normalizer(view_recipe(config)), config.views.size, config)
+
+
+# ---------------------------------------------------------------------------------------------- SavedModels
+
+class SavedLayer(keras.layers.Layer):
+    """A signature of a loaded SavedModel as a layer; with `training=True` the model itself is called, if it can be.
+
+    Args:
+        loaded: what tf.saved_model.load returned.
+        signature: name of a signature with one image argument and one output.
+    """
+
+    def __init__(self, loaded, signature):
+        super().__init__(name=signature)
+        self.function = loaded.signatures[signature]
+        self.loaded = loaded
+        (self.argument, self.spec), = self.function.structured_input_signature[1].items()
+        self.variables_of_model = list(self.function.variables)    # as an attribute, so that Keras counts them in
+
+    def call(self, images, training=False):
+        if training:
+            return self.loaded(images, training=True)
+        result, = self.function(**{self.argument: tf.cast(images, self.spec.dtype)}).values()
+        return result
+
+
+def _of_saved_model(path, size):
+    try:
+        loaded = tf.saved_model.load(path)
+    except (tf.errors.OpError, OSError, ValueError, KeyError) as error:
+        raise DataError(f"The SavedModel must be whole. Received: {path}: {str(error).splitlines()[0]}.") from None
+    names = [name for name in ("features", "embedding") if name in loaded.signatures]
+    if "features" not in names:
+        raise UsageError('A SavedModel must have a signature "features", images in [0, 1] to (B, D). Received: '
+                         f"{path}, with {', '.join(loaded.signatures) or 'no signature'}. `moco-tf export` writes one.")
+    layers = {}
+    for name in names:
+        takes = loaded.signatures[name].structured_input_signature[1]
+        gives = list(loaded.signatures[name].structured_outputs.values())
+        if len(takes) != 1 or len(gives) != 1 or next(iter(takes.values())).shape.rank != 4 or gives[0].shape.rank != 2:
+            raise UsageError(f"The signature {name!r} must take images (B, S, S, 3) and return (B, D). Received: {path}, "
+                             f"whose {name!r} takes {_shapes(takes.values())} and returns {_shapes(gives)}.")
+        layers["backbone" if name == "features" else name] = SavedLayer(loaded, name)
+    facts = read_metadata(path)
+    size = size or layers["backbone"].spec.shape[1] or facts.get("preprocessing", {}).get("size") or 224
+    return Encoder(path, "SavedModel", layers, _zero_to_one, size)
+
+
+def read_metadata(path):
+    """What `moco-tf export` wrote beside a SavedModel, as a dict; empty for others."""
+    file = os.path.join(path, METADATA)
+    if not tf.io.gfile.exists(file):
+        return {}
+    with tf.io.gfile.GFile(file) as content:
+        return json.load(content)
+
+
+def _zero_to_one(images):
+    return tf.cast(images, tf.float32) / 255.0
+
+
+def _shapes(specs):
+    return ", ".join(str(tuple(spec.shape)) for spec in specs) or "nothing"

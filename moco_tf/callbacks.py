@@ -182,11 +182,12 @@ class Log(StepCallback):
     def _show(self, record, last):
         rate = self.images_per_s()
         left = (self.total_steps - record["step"]) * self.batch_size / rate if rate else math.inf
+        std = f"  std {record['feature_std']:.2f}" if "feature_std" in record else ""
         self.line.show(
             f"epoch {record['epoch'] + 1} step {record['step']}/{self.total_steps}  loss {record['loss']:.3f} "
-            f"(chance {self.chance:.2f})  accuracy {record.get('accuracy', 0):.1%}  std {record.get('feature_std', 0):.2f}"
-            f"  lr {record['learning_rate']:.3g}  {record['images_per_s']:.0f} images/s  "
-            f"waiting for data {record['data_wait']:.0%}  ETA {clock_time(left)}", force=last)
+            f"(chance {self.chance:.2f})  accuracy {record['accuracy']:.1%}{std}  lr {record['learning_rate']:.3g}  "
+            f"{record['images_per_s']:.0f} images/s  waiting for data {record['data_wait']:.0%}  ETA {clock_time(left)}",
+            force=last)
 
     def _warn(self, record):
         said = {
@@ -224,6 +225,36 @@ class ProgressLine:
         """A line of its own."""
         print(("\n" if self.terminal and self.width else "") + text, flush=True)
         self.width = 0
+
+
+class Monitor:
+    """Measures at a step, writes a line of monitor.jsonl and TensorBoard's scalars, and shows the values.
+
+    Args:
+        measure: () -> {name: value}.
+        titles: {name: how it is shown}; other values are written only.
+        path: of monitor.jsonl; lines of steps after `first_step`, of a run that was killed, are taken out.
+        writer: of tf.summary, or None.
+        line: the `ProgressLine` to print above.
+        first_step: where the run stands; at 0 everything is measured anew.
+    """
+
+    def __init__(self, measure, titles, path, writer, line, first_step):
+        self.measure, self.titles, self.path, self.writer, self.line = measure, titles, path, writer, line
+        keep_lines(path, lambda record: 0 < first_step >= record["step"])
+
+    def __call__(self, step):
+        """A step that is written down already is not measured again."""
+        if any(record["step"] == step for record in read_lines(self.path)):
+            return
+        values = self.measure()
+        append_line(self.path, {"step": step, **values})
+        if self.writer:
+            with self.writer.as_default(step=step):
+                for name, value in values.items():
+                    tf.summary.scalar(f"monitor/{name}", value)
+        shown = ", ".join(f"{title} {values[name]:.2%}" for name, title in self.titles.items() if name in values)
+        self.line.above(f"step {step}: {shown} (held-out images)")
 
 
 class StopWhenDiverged(StepCallback):

@@ -32,6 +32,64 @@ def pretrain(argv):
     print(f"{results['steps']} steps in {results['seconds']:.0f} s; everything is in {values.workdir}")
 
 
+def linear(argv):
+    """Accuracy of a linear classifier on an encoder's frozen features.
+
+    moco-tf linear --encoder=runs/quickstart                                   # the papers' protocol, linear_v1v2
+    moco-tf linear --encoder=runs/quickstart --fast                            # features once, then a grid in one pass
+    moco-tf linear --encoder=export/ --config.data.name=folder --config.data.path=/data/photos --workdir=runs/probe
+    """
+    _train_classifier(argv, "linear_v1v2", fast=True)
+
+
+def finetune(argv):
+    """Trains an encoder further on labels, all of them or a part.
+
+    moco-tf finetune --encoder=runs/moco_v2 --config=finetune_r50_1pct
+    """
+    _train_classifier(argv, "finetune_r50")
+
+
+def _train_classifier(argv, recipe, fast=False):
+    values = _flags()
+    flags.DEFINE_string("encoder", None, "A run's workdir, a .pth, .pt or .safetensors file, or a SavedModel's folder.",
+                        flag_values=values)
+    flags.DEFINE_enum("side", None, ["query", "key"], "Encoder of a run to take (default: query).", flag_values=values)
+    flags.DEFINE_string("workdir", None, "Folder for everything of this run (default: a folder of the recipe's name in the "
+                        "encoder's workdir).", flag_values=values)
+    if fast:
+        flags.DEFINE_bool("fast", False, "Compute the features once and train a grid of learning rates and decays on them, "
+                          "instead of the protocol.", flag_values=values)
+        flags.DEFINE_string("cache", None, "fast: folder for the features (default: in the encoder's workdir).",
+                            flag_values=values)
+    _strategy_flags(values)
+    config, _ = _parse(argv, values, config=True, default=recipe)
+    print_onednn()
+    from moco_tf.distribute import make_strategy, set_intra_op_threads
+    from moco_tf.evaluation.classifier import complete_config, train_classifier
+    config = configs.override(config, encoder=values.encoder or config.encoder, side=values.side or config.side)
+    config = complete_config(config)
+    name = f"{values.config or recipe}{'_fast' if fast and values.fast else ''}"
+    workdir = values.workdir or _beside(config.encoder, name)
+    set_intra_op_threads(config.intra_op_threads)
+    if fast and values.fast:
+        from moco_tf.evaluation.probe import fast_linear
+        results = fast_linear(config, workdir, values.cache)
+        print(f"top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%}; everything is in {workdir}")
+        return
+    strategy, reason = make_strategy(values.strategy, values.cpu_replicas)
+    results = train_classifier(config, workdir, strategy, reason)
+    print(f"top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%} at the end; best top-1 {results['best_top1']:.2%} at "
+          f"step {results['best_step']}; everything is in {workdir}")
+
+
+def _beside(encoder, name):
+    """The default folder for results on an encoder: in its workdir."""
+    if "://" not in encoder and not os.path.isfile(f"{encoder}/config.json"):
+        raise UsageError(f"--workdir is needed where the encoder is no run's workdir. Received: encoder {encoder}.")
+    return f"{encoder}/{os.path.splitext(os.path.basename(name))[0]}"
+
+
 def knn(argv):
     """Accuracy of the nearest neighbours' vote on held-out images, for a pre-trained encoder.
 
@@ -127,7 +185,7 @@ def doctor(argv):
     examine(values.strategy, values.cpu_replicas)
 
 
-COMMANDS = {"pretrain": pretrain, "knn": knn, "convert": convert, "data": data, "recipes": recipes, "doctor": doctor}
+COMMANDS = {"pretrain": pretrain, "linear": linear, "finetune": finetune, "knn": knn, "convert": convert, "data": data, "recipes": recipes, "doctor": doctor}
 
 
 def main(argv=None):
@@ -181,8 +239,10 @@ def _strategy_flags(values):
                          lower_bound=0, flag_values=values)
 
 
-def _parse(argv, values, config=False, required=()):
+def _parse(argv, values, config=False, required=(), default=None):
     """Fills `values` from argv; with `config`, --config and --config.key=value make the config.
+
+    Where there is no --config, the workdir's config.json counts, or else the recipe `default`.
 
     Returns:
         (config or None, positional arguments).
@@ -206,10 +266,10 @@ def _parse(argv, values, config=False, required=()):
             raise UsageError(f"{argv[0]} needs --{name}. `moco-tf {argv[0]} --help` shows an example.")
     if config and rest:
         raise UsageError(f"{argv[0]} takes flags only. Received besides: {' '.join(rest)}.")
-    return (_config(values, overrides) if config else None), rest
+    return (_config(values, overrides, default) if config else None), rest
 
 
-def _config(values, overrides):
+def _config(values, overrides, default):
     if values.config:
         config = configs.load(values.config)
     else:
@@ -219,6 +279,8 @@ def _config(values, overrides):
             config = read_config(values.workdir)
         elif os.path.isfile(path):
             config = configs.load(path)
+        elif default:
+            config = configs.load(default)
         else:
             raise UsageError(f"--config is needed where the workdir holds no run yet. Received: workdir "
                              f"{values.workdir}. `moco-tf recipes` lists the recipes.")

@@ -31,6 +31,8 @@ RUN_DEFAULTS = dict(
         download=False,          # of tfds: prepare the data first where they are not
         eval_split="",           # held-out images for the monitors; "": the source's usual one, or a part set apart
         holdout=0.02,            # the part set apart where there is no such split
+        fraction=1.0,            # of the training images; below 1 the same share of each class
+        repeats=1,               # views of an image that follow each other (repeated augmentation)
         max_unreadable=0.01,     # of the images; above it the run stops
         workers=0),              # parallel calls; 0: by the number of cores
     optimizer=dict(clip_norm=0.0),    # > 0: global norm that gradients are scaled down to
@@ -141,6 +143,7 @@ def to_json(config):
 
 
 def from_json(text):
+    """The config of to_json's text; keys that RUN_DEFAULTS has gained since have their defaults."""
     def tuples(value):    # JSON has no tuples, and a config no lists
         if isinstance(value, dict):
             return {key: tuples(inner) for key, inner in value.items()}
@@ -149,7 +152,7 @@ def from_json(text):
     values = json.loads(text)
     if not isinstance(values, dict):
         raise ValueError("not a JSON object")
-    return ConfigDict(tuples(values)).lock()
+    return complete(tuples(values))
 
 
 def digest(config):

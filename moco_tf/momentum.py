@@ -21,11 +21,13 @@ def momentum_copy(encoder):
 def momentum_update(twin, encoder, momentum):
     """Parameters of `twin` <- momentum * theirs + (1 - momentum) * those of `encoder`.
 
-    Parameters only: statistics of BatchNorm are buffers, which each encoder keeps from its own forward passes.
+    `momentum` may be a tensor, equal on all replicas. Parameters only: statistics of BatchNorm are buffers, which each encoder keeps from its own forward passes.
     """
+    rest = 1.0 - momentum
     pairs = [(copy, variable) for copy, variable in zip(twin.weights, encoder.weights) if variable.trainable]
 
     def follow(copy, variable):
-        copy.assign_sub((copy - variable) * tf.constant(1.0 - momentum, copy.dtype))
+        step = tf.cast(rest, copy.dtype) if tf.is_tensor(rest) else tf.constant(rest, copy.dtype)
+        copy.assign_sub((copy - variable) * step)
 
     update_copies(follow, *zip(*pairs))

@@ -1,5 +1,6 @@
 """Config to objects to fit: the place where the parts meet."""
 
+import dataclasses
 import functools
 import importlib.metadata
 import inspect
@@ -15,15 +16,15 @@ import tensorflow as tf
 from moco_tf import __version__
 from moco_tf import config as configs
 from moco_tf.backbones import BACKBONES
-from moco_tf.callbacks import (Checkpoints, Every, Log, StopOnSignal, StopWhenDiverged, append_line, keep_lines,
-                               read_lines, saved_checkpoints, step_of)
+from moco_tf.callbacks import (Checkpoints, Every, Log, Monitor, StopOnSignal, StopWhenDiverged, keep_lines, read_lines,
+                               saved_checkpoints, step_of)
 from moco_tf.data import sources
-from moco_tf.data.pipeline import BatchClock, Unreadable, evaluation_batches, training_batches
+from moco_tf.data.pipeline import BatchClock, Unreadable, training_batches
 from moco_tf.errors import DataError, UsageError
 from moco_tf.evaluation.features import Extractor
-from moco_tf.evaluation.knn import knn_scores, top_k_accuracy, view_retrieval
+from moco_tf.evaluation.monitor import PretrainingMeasures
 from moco_tf.files import write_file
-from moco_tf.heads import HEADS, encoder
+from moco_tf.heads import HEADS, encoder, predictor
 from moco_tf.methods import METHODS
 from moco_tf.optim import OPTIMIZERS
 from moco_tf.optim.schedules import EpochSchedule
@@ -38,31 +39,42 @@ PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mi
 
 # ---------------------------------------------------------------------------------------------- config to objects
 
-def construct(table, section, kind, **extra):
+def construct(table, section, kind, offered=(), **extra):
     """table[section.name] called with the rest of the section; the signature is the schema.
+
+    Args:
+        table: {name: constructor}.
+        section: of the config; its other keys are arguments.
+        kind: what is built, for messages.
+        offered: {argument: value} of which the constructor gets those that it names.
+        extra: arguments that every constructor of this kind gets.
 
     Raises:
         UsageError: a name that is not in the table, an argument that the constructor does not take.
     """
-    arguments = {**section, **extra}
+    arguments = dict(section)
     name = arguments.pop("name")
     if name not in table:
         raise UsageError(f"{kind}.name must be one of {', '.join(sorted(table))}. Received: {name!r}.")
-    takes = [key for key in inspect.signature(table[name]).parameters if key not in extra]
-    unknown = sorted(set(arguments) - set(takes) - set(extra))
+    signature = inspect.signature(table[name]).parameters
+    given = {**extra, **{key: value for key, value in dict(offered).items() if key in signature}}
+    takes = [key for key in signature if key not in given]
+    unknown = sorted(set(arguments) - set(takes))
     if unknown:
         raise UsageError(f"{kind} {name!r} takes {', '.join(key for key in takes if key != 'kwargs')}. "
                          f"Received besides: {', '.join(unknown)}. Start from a recipe that has this {kind}.")
-    return table[name](**arguments)
+    return table[name](**arguments, **given)
 
 
 def view_recipe(config):
     return construct(RECIPES, config.views, "views")
 
 
-def evaluation_recipe(config, source):
-    """The view "image" that features are taken from; images that are no larger than it are taken whole."""
-    size = config.views.size
+def evaluation_recipe(size, source, **options):
+    """The view "image" that features are taken from; images that are no larger than it are taken whole.
+
+    `options` are further arguments of the recipe.
+    """
     whole = {"shorter_side": size} if source.image_shape and max(source.image_shape[:2]) <= size else {}
     return construct(RECIPES, dict(name="eval", size=size, **whole), "views")
 
@@ -82,19 +94,33 @@ def set_precision(precision):
 
 def build_encoder(config):
     """The query encoder of a config: images (N, S, S, 3) -> embeddings (N, C)."""
-    size = config.views.get("size", 224)
-    backbone = construct(BACKBONES, config.backbone, "backbone", size=size,
-                         bn_group_size=config.bn_group_size or None)
-    return encoder(backbone, lambda features: construct(HEADS, config.head, "head", features=features))
+    size, group = config.views.get("size", 224), config.bn_group_size or None
+    backbone = construct(BACKBONES, config.backbone, "backbone", size=size, bn_group_size=group)
+    return encoder(backbone, lambda features: construct(HEADS, config.head, "head", dict(bn_group_size=group),
+                                                        features=features))
 
 
 def build_method(config, steps_per_epoch, normalize_views=None):
     """The compiled method of a config, every variable made; call it under the strategy's scope."""
     keras.utils.set_random_seed(config.seed)
-    method = construct(METHODS, config.method, "method", encoder=build_encoder(config), dim=config.head.dim,
-                       shuffle_bn=config.shuffle_bn, bn_group_size=config.bn_group_size, seed=config.seed,
-                       normalize=normalize_views, clip_norm=config.optimizer.clip_norm,
-                       loss_scaling=config.precision == "float16")
+    offered = dict(dim=config.head.dim, shuffle_bn=config.shuffle_bn, bn_group_size=config.bn_group_size,
+                   seed=config.seed, total_steps=config.epochs * steps_per_epoch)
+    if "predictor" in config:
+        offered["predictor"] = predictor(dim=config.head.dim, bn_group_size=config.bn_group_size or None,
+                                         **config.predictor)
+    method = construct(METHODS, config.method, "method", offered, encoder=build_encoder(config),
+                       **step_options(config, normalize_views))
+    return compile_method(method, config, steps_per_epoch)
+
+
+def step_options(config, normalize_views):
+    """What a config says of the training step, as arguments of `Method`."""
+    return dict(normalize=normalize_views, clip_norm=config.optimizer.clip_norm,
+                loss_scaling=config.precision == "float16")
+
+
+def compile_method(method, config, steps_per_epoch):
+    """Gives the method its optimizer, and makes the optimizer's variables; returns the method."""
     method.compile(optimizer=build_optimizer(config, steps_per_epoch), jit_compile=config.jit_compile,
                    steps_per_execution=config.steps_per_execution)
     method.optimizer.build(method.trainable_weights)
@@ -118,7 +144,11 @@ def build_optimizer(config, steps_per_epoch):
 
 def open_data(config):
     """(training source, held-out source) of a config's data section; the second one may be None."""
-    data = config.data
+    train, held_out = _open_splits(config.data)
+    return (sources.fraction_of(train, config.data.fraction) if config.data.fraction != 1.0 else train), held_out
+
+
+def _open_splits(data):
     common = dict(name=data.name, path=data.path, data_dir=data.data_dir)
     others = {key: data[key] for key in ("classes", "feature", "download") if data[key]}
     train = sources.open_source(split=data.split, **common, **others)
@@ -129,13 +159,12 @@ def open_data(config):
     return train, None
 
 
-def check(config, size, replicas):
+def check(config, size, replicas, view_names):
     """Raises UsageError for settings that cannot work together with `size` training images and so many replicas."""
-    if config.method.name in METHODS:
-        needed, drawn = METHODS[config.method.name].view_names, view_recipe(config).views
-        if set(needed) != set(drawn):
-            raise UsageError(f"The views must be those the method takes: {', '.join(needed)}. Received: views "
-                             f"{config.views.name!r} with {', '.join(drawn)}.")
+    drawn = view_recipe(config).views
+    if set(view_names) != set(drawn):
+        raise UsageError(f"The views must be those the method takes: {', '.join(view_names)}. Received: views "
+                         f"{config.views.name!r} with {', '.join(drawn)}.")
     if config.monitor.features not in FEATURES:
         raise UsageError(f"monitor.features must be one of {', '.join(FEATURES)}. Received: {config.monitor.features!r}.")
     if config.max_bad_steps < 1:
@@ -150,11 +179,14 @@ def check(config, size, replicas):
     if batch < 1 or batch % replicas:
         raise UsageError(f"batch_size must be a positive multiple of the number of replicas. Received: batch_size "
                          f"{batch}, {replicas} replicas. Nearest: {max(1, round(batch / replicas)) * replicas}.")
-    here, group = batch // replicas, config.bn_group_size or batch // replicas
-    if here % group:
+    if config.bn_group_size < -1:
+        raise UsageError("bn_group_size is a number of images, 0 for a replica's whole batch, or -1 for the batches of all "
+                         f"replicas together. Received: {config.bn_group_size}.")
+    here, group = batch // replicas, bn_group(config, replicas)
+    if config.bn_group_size > 0 and here % group:
         raise UsageError(f"bn_group_size must divide the batch of a replica. Received: bn_group_size {group}, "
                          f"batch_size {batch} over {replicas} replica(s) = {here}. It may be any divisor of {here}.")
-    if config.method.get("queue_size", batch) < batch:
+    if "method" in config and config.method.get("queue_size", batch) < batch:
         raise UsageError("The queue must hold at least one global batch, or a step would overwrite keys it has just "
                          f"written. Received: method.queue_size {config.method.queue_size}, batch_size {batch}. Raise "
                          "method.queue_size or lower batch_size.")
@@ -162,6 +194,12 @@ def check(config, size, replicas):
         raise UsageError(f"shuffle_bn must be input, cross_replica or none. Received: {config.shuffle_bn!r}.")
     if config.epochs < 1:
         raise UsageError(f"epochs must be at least 1. Received: {config.epochs}.")
+
+
+def bn_group(config, replicas):
+    """How many images share batch statistics."""
+    group = config.bn_group_size
+    return config.batch_size if group < 0 else group or config.batch_size // replicas
 
 
 # ---------------------------------------------------------------------------------------------- the workdir
@@ -238,71 +276,101 @@ def restore_method(workdir):
     return method, config, step
 
 
-# ---------------------------------------------------------------------------------------------- monitors
+# ---------------------------------------------------------------------------------------------- training
 
-class Monitor:
-    """Is it learning? kNN accuracy where there are labels, view retrieval in any case, both on held-out images.
+@dataclasses.dataclass
+class Outcome:
+    """What `fit` has to tell: the trained method, and how long this start took."""
+
+    method: tf.Module
+    steps: int
+    steps_per_epoch: int
+    seconds: float
+    images_per_s: float
+    trained_steps: int
+
+
+def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), view_names=("image",),
+        steps_per_epoch=0, **batch_options):
+    """Trains a method in a workdir to its last step; a workdir that holds the same run is resumed.
 
     Args:
-        config: of the run.
-        train, held_out: sources.
-        extractor: of the query encoder.
-        path: of monitor.jsonl.
-        writer: of tf.summary, or None.
-        line: the `ProgressLine` to print above.
-        unreadable: the training source's `Unreadable`.
+        config: complete; what the run is.
+        workdir: a folder, local or gs://.
+        strategy: of `tf.distribute`.
+        train: the source to train on.
+        recipe: of its views.
+        build: steps per epoch -> the compiled, built method; called under the strategy's scope.
+        monitor_of: (method, `Unreadable` of `train`) -> (measure, titles, steps between, whether at step 0 too), as
+            `Monitor` takes the first two; or None.
+        lines: what is told before the run starts.
+        view_names: that the method takes.
+        steps_per_epoch: 0: as many whole batches as there are.
+        batch_options: further arguments of `training_batches`.
+
+    Returns:
+        An Outcome.
+
+    Raises:
+        UsageError, DataError, DivergedError, Preempted: as their docstrings say; the workdir keeps what was saved.
     """
+    replicas = strategy.num_replicas_in_sync
+    if config.jit_compile and not tf.config.list_physical_devices("GPU"):
+        logging.warning("jit_compile on a CPU makes the step many times slower: XLA's convolutions are slow there")
+    check(config, train.size, replicas, view_names)
+    steps_per_epoch = steps_per_epoch or train.size // config.batch_size
+    total_steps = config.epochs * steps_per_epoch
+    with strategy.scope():
+        method = build(steps_per_epoch)
+        open_workdir(config, workdir, train.size)
+        checkpoints = Checkpoints(method, f"{workdir}/checkpoints", config.checkpoint.keep)
+        first_step = checkpoints.restore() or 0
+    clock = BatchClock()
+    writer = tf.summary.create_file_writer(f"{workdir}/tensorboard") if config.log.tensorboard else None
+    resuming = [f"resuming at step {first_step} of {total_steps}"] if first_step else []
+    print("\n".join([*lines, *resuming]), flush=True)
+    unreadable = Unreadable(train, config.data.max_unreadable)
+    draw = functools.partial(
+        training_batches, train, recipe, config.batch_size, steps_per_epoch, config.seed, first_step,
+        bn_group_size=bn_group(config, replicas), workers=config.data.workers, unreadable=unreadable, **batch_options)
 
-    def __init__(self, config, train, held_out, extractor, path, writer, line, unreadable):
-        options = config.monitor
-        recipe = view_recipe(config)
-        whole = evaluation_recipe(config, train)
-        batches = functools.partial(evaluation_batches, batch_size=config.batch_size, workers=config.data.workers)
-        apart = Unreadable(held_out, limit=1.0)
-        self.pairs = batches(held_out, recipe, limit=options.queries, seed=config.seed, unreadable=apart)
-        self.labelled = train.num_classes > 0 and held_out.class_names == train.class_names
-        self.bank = batches(train, whole, limit=options.bank, unreadable=unreadable)
-        self.queries = batches(held_out, whole, limit=options.queries, unreadable=apart)
-        self.extractor, self.num_classes, self.path, self.writer, self.line = \
-            extractor, train.num_classes, path, writer, line
-        self.k, self.temperature = options.k, options.temperature
-        self.column = FEATURES.index(options.features)
+    def batches(context):
+        return draw(replicas=replicas // context.num_input_pipelines, context=context, clock=clock)
 
-    def measure(self):
-        """{"knn_top1": in [0, 1], where there are labels, "view_retrieval": in [0, 1]}."""
-        values = {}
-        if self.labelled:
-            bank, bank_labels, _ = self.whole_images(self.bank)
-            queries, labels, _ = self.whole_images(self.queries)
-            scores = knn_scores(bank[self.column], bank_labels, queries[self.column], self.k, self.temperature,
-                                self.num_classes)
-            values["knn_top1"] = top_k_accuracy(scores, labels)
-        views, _, _ = self.extractor(self.pairs)
-        (_, first), (_, second) = list(views.values())[:2]
-        values["view_retrieval"] = view_retrieval(first, second)
-        return values
+    log = Log(first_step, total_steps, steps_per_epoch, config.batch_size, config.log.every_steps,
+              f"{workdir}/metrics.jsonl", writer, clock, method.chance_loss(config.batch_size), build_schedule(config, steps_per_epoch))
+    stop = StopOnSignal(first_step, checkpoints)
+    after = [StopWhenDiverged(first_step, config.max_bad_steps, checkpoints)]
+    monitor, followed = None, monitor_of(method, unreadable)
+    began = time.time()
+    try:
+        with stop:
+            if followed:
+                measure, titles, every, at_start = followed
+                monitor = Monitor(measure, titles, f"{workdir}/monitor.jsonl", writer, log.line, first_step)
+                if at_start and first_step == 0:
+                    monitor(first_step)
+                after.append(Every(first_step, every, monitor, log))
+            after += [Every(first_step, config.checkpoint.every_steps, checkpoints.save, log), stop]
+            if first_step < total_steps:
+                dataset = strategy.distribute_datasets_from_function(batches)
+                if first_step == 0:
+                    _show_views(draw(shuffle=False), recipe, workdir, writer)
+                method.fit(dataset, steps_per_epoch=total_steps - first_step, epochs=1, verbose=0,
+                           callbacks=[log, *after])
+                if step_of(checkpoints.good) != total_steps:
+                    checkpoints.save(total_steps)
+            if monitor:
+                monitor(total_steps)
+    except tf.errors.ResourceExhaustedError as error:
+        raise UsageError("A step must fit into the device's memory. Received: "
+                         f"{_first_line_of(error)}. Lower batch_size or views.size, or use precision=bfloat16.") from None
+    except tf.errors.OpError as error:
+        raise unreadable.over_limit() or DataError(
+            f"The input or the workdir failed while training: {_first_line_of(error)}. `moco-tf data check` looks at the "
+            "images.") from None
+    return Outcome(method, total_steps, steps_per_epoch, time.time() - began, log.images_per_s(), log.trained_steps)
 
-    def whole_images(self, batches):
-        """((features, embeddings), labels, index) of the bank or the queries."""
-        views, labels, index = self.extractor(batches)
-        return views["image"], labels, index
-
-    def __call__(self, step):
-        """Measures, shows and writes down; a step that is written down already is not measured again."""
-        if any(record["step"] == step for record in read_lines(self.path)):
-            return
-        values = self.measure()
-        append_line(self.path, {"step": step, **values})
-        if self.writer:
-            with self.writer.as_default(step=step):
-                for name, value in values.items():
-                    tf.summary.scalar(f"monitor/{name}", value)
-        names = {"knn_top1": "kNN accuracy", "view_retrieval": "view retrieval"}
-        self.line.above(f"step {step}: " + ", ".join(f"{names[k]} {v:.2%}" for k, v in values.items()) +
-                        " (held-out images)")
-
-
-# ---------------------------------------------------------------------------------------------- pre-training
 
 def pretrain(config, workdir, strategy=None, reason=""):
     """Pre-trains the encoder of a config in `workdir`; a workdir that holds the same run is resumed.
@@ -320,88 +388,47 @@ def pretrain(config, workdir, strategy=None, reason=""):
         UsageError, DataError, DivergedError, Preempted: as their docstrings say; the workdir keeps what was saved.
     """
     strategy = strategy or tf.distribute.get_strategy()
-    replicas = strategy.num_replicas_in_sync
     set_precision(config.precision)
-    if config.jit_compile and not tf.config.list_physical_devices("GPU"):
-        logging.warning("jit_compile on a CPU makes the step many times slower: XLA's convolutions are slow there")
     train, held_out = open_data(config)
-    check(config, train.size, replicas)
     recipe = view_recipe(config)
-    steps_per_epoch = train.size // config.batch_size
-    total_steps = config.epochs * steps_per_epoch
+    measures = []
 
-    with strategy.scope():
-        method = build_method(config, steps_per_epoch, normalizer(recipe))
-        open_workdir(config, workdir, train.size)
-        checkpoints = Checkpoints(method, f"{workdir}/checkpoints", config.checkpoint.keep)
-        first_step = checkpoints.restore() or 0
-    clock = BatchClock()
-    keep_lines(f"{workdir}/monitor.jsonl", lambda record: 0 < first_step >= record["step"])
-    writer = tf.summary.create_file_writer(f"{workdir}/tensorboard") if config.log.tensorboard else None
-    _announce(config, train, held_out, first_step, steps_per_epoch, replicas, reason)
+    def monitor_of(method, unreadable):
+        if held_out is None:
+            return None
+        measures.append(PretrainingMeasures(
+            config.monitor, train, held_out, recipe, evaluation_recipe(config.views.size, train),
+            Extractor(method.encoder, method.normalize), FEATURES.index(config.monitor.features), config.batch_size,
+            config.data.workers, config.seed, unreadable))
+        every = config.monitor.every_epochs * (train.size // config.batch_size)
+        return measures[0], {"knn_top1": "kNN accuracy", "view_retrieval": "view retrieval"}, every, True
 
-    unreadable = Unreadable(train, config.data.max_unreadable)
+    outcome = fit(config, workdir, strategy, train, recipe,
+                  build=lambda steps_per_epoch: build_method(config, steps_per_epoch, normalizer(recipe)),
+                  monitor_of=monitor_of,
+                  lines=_announcement(config, train, held_out, strategy.num_replicas_in_sync, reason),
+                  view_names=view_names(config), shuffle=config.shuffle_bn == "input", repeats=config.data.repeats)
+    if measures and config.log.embeddings:
+        write_projector(workdir, *measures[0].whole_images(measures[0].queries))
+    return write_results(config, workdir, outcome, train, strategy.num_replicas_in_sync,
+                         ("knn_top1", "view_retrieval"))
 
-    def batches(context):
-        return training_batches(
-            train, recipe, config.batch_size, steps_per_epoch, config.seed, first_step,
-            shuffle=config.shuffle_bn == "input", bn_group_size=config.bn_group_size,
-            replicas=replicas // context.num_input_pipelines, context=context, workers=config.data.workers,
-            unreadable=unreadable, clock=clock)
 
-    chance = math.log(config.method.get("queue_size", config.batch_size - 1) + 1)
-    log = Log(first_step, total_steps, steps_per_epoch, config.batch_size, config.log.every_steps,
-              f"{workdir}/metrics.jsonl", writer, clock, chance, build_schedule(config, steps_per_epoch))
-    stop = StopOnSignal(first_step, checkpoints)
-    after = [StopWhenDiverged(first_step, config.max_bad_steps, checkpoints)]
-    monitor = None
-    began = time.time()
-    try:
-        with stop:
-            if held_out is not None:
-                extractor = Extractor(method.encoder, method.normalize)
-                monitor = Monitor(config, train, held_out, extractor, f"{workdir}/monitor.jsonl", writer, log.line,
-                                  unreadable)
-                if first_step == 0:
-                    monitor(first_step)
-                after.append(Every(first_step, config.monitor.every_epochs * steps_per_epoch, monitor, log))
-            after += [Every(first_step, config.checkpoint.every_steps, checkpoints.save, log), stop]
-            if first_step < total_steps:
-                dataset = strategy.distribute_datasets_from_function(batches)
-                if first_step == 0:
-                    _show_views(training_batches(train, recipe, config.batch_size, steps_per_epoch, config.seed,
-                                                 shuffle=False), recipe, workdir, writer)
-                method.fit(dataset, steps_per_epoch=total_steps - first_step, epochs=1, verbose=0,
-                           callbacks=[log, *after])
-                if step_of(checkpoints.good) != total_steps:
-                    checkpoints.save(total_steps)
-            if monitor:
-                monitor(total_steps)
-                if config.log.embeddings:
-                    write_projector(workdir, *monitor.whole_images(monitor.queries))
-    except tf.errors.ResourceExhaustedError as error:
-        raise UsageError("A step must fit into the device's memory. Received: "
-                         f"{_first_line_of(error)}. Lower batch_size or views.size, or use precision=bfloat16.") from None
-    except tf.errors.OpError as error:
-        raise unreadable.over_limit() or DataError(
-            f"The input or the workdir failed while training: {_first_line_of(error)}. `moco-tf data check` looks at the "
-            "images.") from None
-    return _write_results(config, workdir, total_steps, log, time.time() - began, replicas, train)
+def view_names(config):
+    """Of the views that the config's method takes; () where there is no such method."""
+    return getattr(METHODS.get(config.method.name), "view_names", ())
 
 
 def _first_line_of(error):
     return str(error.message).splitlines()[0] if error.message else type(error).__name__
 
 
-def _announce(config, train, held_out, first_step, steps_per_epoch, replicas, reason):
-    """What is about to run, and what is odd about it."""
-    total = config.epochs * steps_per_epoch
-    lines = [f"{train.size} images{f' in {train.num_classes} classes' if train.num_classes else ', no labels'}, "
-             f"{held_out.size if held_out else 'no'} held out; {config.epochs} epochs of {steps_per_epoch} steps of "
-             f"{config.batch_size} images; learning rate {learning_rate(config):.4g} "
-             f"({config.optimizer.lr_per_256:.4g} per 256); {config.precision}",
+def _announcement(config, train, held_out, replicas, reason):
+    """What is about to run, and what is odd about it; lines."""
+    group, steps_per_epoch = bn_group(config, replicas), train.size // config.batch_size
+    lines = [*data_lines(config, train, held_out, steps_per_epoch),
              f"{replicas} replica(s){f', {reason}' if reason else ''}; BatchNorm over groups of "
-             f"{config.bn_group_size or config.batch_size // replicas} images, shuffling BN: {config.shuffle_bn}"]
+             f"{group} images, shuffling BN: {config.shuffle_bn}"]
     queue = config.method.get("queue_size", 0)
     if queue:
         full = math.ceil(queue / config.batch_size)
@@ -410,13 +437,18 @@ def _announce(config, train, held_out, first_step, steps_per_epoch, replicas, re
         if queue > train.size:
             lines.append(f"note: the queue spans {queue / train.size:.1f} epochs, so that a query meets old keys of its "
                          f"own image as negatives; a method.queue_size below {train.size} is usual.")
-    group = config.bn_group_size or config.batch_size // replicas
     if config.shuffle_bn != "none" and group >= config.batch_size:
         lines.append("note: shuffling BN has no effect with one BatchNorm group for the whole batch; "
                      f"bn_group_size={max(2, config.batch_size // 8)} would have several.")
-    if first_step:
-        lines.append(f"resuming at step {first_step} of {total}")
-    print("\n".join(lines), flush=True)
+    return lines
+
+
+def data_lines(config, train, held_out, steps_per_epoch):
+    """What a run trains on, how long, and its learning rate."""
+    return [f"{train.size} images{f' in {train.num_classes} classes' if train.num_classes else ', no labels'}, "
+            f"{held_out.size if held_out else 'no'} held out; {config.epochs} epochs of {steps_per_epoch} steps of "
+            f"{config.batch_size} images; learning rate {learning_rate(config):.4g} "
+            f"({config.optimizer.lr_per_256:.4g} per 256); {config.precision}"]
 
 
 def _show_views(dataset, recipe, workdir, writer, count=8):
@@ -441,22 +473,25 @@ def write_projector(workdir, rows, labels, index):
                '"features.tsv"\n  metadata_path: "labels.tsv"\n}\n')
 
 
-def _write_results(config, workdir, total_steps, log, seconds, replicas, train):
+def write_results(config, workdir, outcome, train, replicas, monitored, **others):
+    """Writes results.json; returns its contents.
+
+    Args:
+        monitored: values of monitor.jsonl of which the first and the last are results.
+        others: further results.
+    """
     path = f"{workdir}/results.json"
-    before = {}
-    if tf.io.gfile.exists(path):
+    results = {"steps": outcome.steps, "seconds": round(outcome.seconds, 2), "images_per_s": round(outcome.images_per_s, 2)}
+    if outcome.trained_steps == 0 and tf.io.gfile.exists(path):    # a finished run, looked at again
         with tf.io.gfile.GFile(path) as file:
-            before = json.loads(file.read())
-    monitored = read_lines(f"{workdir}/monitor.jsonl")
-    results = {"steps": total_steps, "seconds": round(seconds, 2), "images_per_s": round(log.images_per_s(), 2)}
-    if log.trained_steps == 0 and before:    # a finished run, looked at again
-        results.update({key: before[key] for key in results if key in before})
-    for name in ("knn_top1", "view_retrieval"):
-        measured = [record[name] for record in monitored if name in record]
+            results.update({key: value for key, value in json.load(file).items() if key in results})
+    lines = read_lines(f"{workdir}/monitor.jsonl")
+    for name in monitored:
+        measured = [record[name] for record in lines if name in record]
         results[f"{name}_initial"] = measured[0] if measured else None
         results[f"{name}_final"] = measured[-1] if measured else None
     metrics = read_lines(f"{workdir}/metrics.jsonl")
-    results.update(loss_final=metrics[-1]["loss"] if metrics else None, seed=config.seed, images=train.size,
+    results.update(loss_final=metrics[-1]["loss"] if metrics else None, **others, seed=config.seed, images=train.size,
                    replicas=replicas, config_hash=configs.digest(config), versions=versions())
     write_file(path, json.dumps(results, indent=2) + "\n")
     return results

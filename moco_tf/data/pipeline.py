@@ -61,18 +61,23 @@ class BatchClock:
 
 
 def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_step=0, shuffle=True, bn_group_size=0,
-                     replicas=1, context=None, workers=0, unreadable=None, clock=None):
+                     labels=False, repeats=1, replicas=1, context=None, workers=0, unreadable=None, clock=None):
     """Batches of views without end, from global step `first_step` on.
 
     Args:
         source: of images (moco_tf.data.sources).
         recipe: of views (moco_tf.views.recipes).
         batch_size: of all replicas of all hosts.
-        steps_per_epoch: batches that make one pass; the images of an incomplete batch are left out of the pass.
+        steps_per_epoch: batches that make one pass. What they do not hold is left out of the pass; where they hold more
+            than there is, the pass begins again to fill them up.
         seed: of the order, the views and the permutations.
         first_step: global step of the first batch.
-        shuffle: permute the keys over this host's replicas, for shuffling BN.
+        shuffle: permute the views "key" over this host's replicas, for shuffling BN.
         bn_group_size: images that share batch statistics; 0: those of a replica.
+        labels: hand out "label" (N,) int64, 0 .. num_classes - 1, and "weight" (N,) float32: 0 where a row only fills up
+            the last batch of a pass, else what makes the batch's mean one over its real rows.
+        repeats: views of an image that follow each other in the order (repeated augmentation, arXiv:1902.05509); a pass
+            then sees 1 / repeats of the images.
         replicas: of this host.
         context: the `tf.distribute.InputContext` of this host; None: there is one host.
         workers: parallel calls; 0: tf.data's choice.
@@ -81,15 +86,16 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
         clock: a `BatchClock`.
 
     Returns:
-        A dataset of one replica's share a time, replica after replica: {"query": (N, S, S, 3) uint8, "key": the same,
-        "index": (N,) int64, "key_position": (N,) int32}, further views by their names.
+        A dataset of one replica's share a time, replica after replica: the views by their names, (N, S, S, 3) uint8,
+        "index" (N,) int64, and where there is a view "key" also "key_position" (N,) int32.
     """
     hosts, host = (context.num_input_pipelines, context.input_pipeline_id) if context else (1, 0)
     here = batch_size // hosts
     parallel = workers or tf.data.AUTOTUNE
     steps = tf.data.Dataset.range(first_step, FOREVER)
     seeds = steps.map(lambda step: image_seeds(seed, step, batch_size)[host * here:(host + 1) * here], parallel)
-    examples = _epochs(source, seed, steps_per_epoch * batch_size, first_step * batch_size)
+    per_epoch = steps_per_epoch * batch_size
+    examples = _epochs(source, seed, per_epoch, first_step * batch_size, repeats)
     if hosts > 1:
         examples = examples.enumerate().filter(
             lambda position, _: position % batch_size // here == host).map(lambda _, example: example)
@@ -99,10 +105,17 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
     def deal(step, readable, batch):
         """The keys in shuffled order, and the batch as (replicas, N, ...)."""
         batch = _without_unreadable(readable, batch, unreadable)
-        order = key_permutation(seed, step, here, group) if shuffle else tf.range(here)
-        batch = {name: value for name, value in batch.items() if name != "label"}
-        batch["key_position"] = host * here + positions(order)
-        if shuffle:
+        if labels:
+            first = step % steps_per_epoch * batch_size
+            real = tf.clip_by_value(source.size * repeats - first, 0, batch_size)
+            row = host * here + tf.range(here, dtype=tf.int64)
+            batch["weight"] = tf.where(row < real, tf.cast(batch_size / real, tf.float32), 0.0)
+            batch["label"] = _in_range(batch["label"], source.num_classes, batch["index"])
+        else:
+            del batch["label"]
+        if "key" in batch:
+            order = key_permutation(seed, step, here, group) if shuffle else tf.range(here)
+            batch["key_position"] = host * here + positions(order)
             batch["key"] = tf.gather(batch["key"], order)
         if clock:
             batch = clock.stamp(step, batch)
@@ -174,15 +187,30 @@ def _viewed(source, recipe, examples, seeds, batch_size, parallel):
     return tf.data.Dataset.zip((examples, seeds.unbatch())).map(indexed, parallel).batch(batch_size, drop_remainder=True)
 
 
-def _epochs(source, seed, per_epoch, first):
+def _epochs(source, seed, per_epoch, first, repeats):
     """Examples without end, `per_epoch` of each epoch's order, from position `first` on."""
     first_epoch, offset = divmod(first, per_epoch)
 
     def one(epoch):
         done = tf.where(epoch == first_epoch, tf.constant(offset, tf.int64), tf.constant(0, tf.int64))
-        return source.examples(seed, epoch, done).take(per_epoch - done)
+        examples = source.examples(seed, epoch, tf.minimum(done // repeats, source.size))
+        if per_epoch > source.size * repeats:
+            again = source.examples(seed, epoch, tf.maximum(done // repeats - source.size, 0))
+            examples = examples.concatenate(again)
+        if repeats > 1:
+            examples = examples.flat_map(lambda example: tf.data.Dataset.from_tensors(example).repeat(repeats))
+            examples = examples.skip(done % repeats)
+        return examples.take(per_epoch - done)
 
     return tf.data.Dataset.range(first_epoch, FOREVER).flat_map(one)
+
+
+def _in_range(labels, num_classes, index):
+    bad = (labels < 0) | (labels >= num_classes)
+    told = ["labels must be from 0 to", num_classes - 1, "but are", tf.boolean_mask(labels, bad), "for the images of index",
+            tf.boolean_mask(index, bad)]
+    with tf.control_dependencies([tf.debugging.Assert(tf.logical_not(tf.reduce_any(bad)), told)]):
+        return tf.identity(labels)
 
 
 def _guarded(function):

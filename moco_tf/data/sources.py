@@ -440,6 +440,28 @@ def split_holdout(source, fraction):
     return Subset(source, np.sort(order[held_out:])), Subset(source, np.sort(order[:held_out]))
 
 
+def fraction_of(source, fraction):
+    """Part of a source: round(fraction * n) of the n images of each class, at least one; of all, where there are no labels.
+
+    Which ones is drawn by N and `fraction` alone, so that every run on 1 % sees the same images.
+
+    Raises:
+        UsageError: a source without random access, or a fraction outside 0..1.
+    """
+    if not 0 < fraction <= 1:
+        raise UsageError(f"data.fraction must be above 0 and at most 1. Received: {fraction}.")
+    if not source.random_access:
+        raise UsageError("A fraction can be taken of a source with random access (embedded, folder). Received: "
+                         f"{type(source).__name__}. Name a split that holds the part, such as TFDS' "
+                         "imagenet2012_subset/1pct.")
+    with tf.device("CPU:0"):
+        order = permutation(source.size, epoch_key(0, 0)).numpy()
+    labels = source.labels() if source.num_classes else np.zeros(source.size, np.int64)
+    of_class = (order[labels[order] == label] for label in range(max(1, source.num_classes)))
+    kept = [members[:max(1, round(fraction * len(members)))] for members in of_class]
+    return Subset(source, np.sort(np.concatenate(kept)))
+
+
 def constructor(name):
     if name not in SOURCES:
         near = difflib.get_close_matches(name, SOURCES, n=1)

@@ -12,7 +12,7 @@ from moco_tf.errors import DataError, UsageError
 from moco_tf.export import torch_weights
 from moco_tf.export.exchange import FILES, imported_config
 from moco_tf.losses import at_least_float32
-from moco_tf.train import build_encoder, normalizer, restore_method, set_precision, view_recipe
+from moco_tf.train import build_encoder, normalizer, read_config, restore_method, set_precision, view_recipe
 
 keras = tf.keras
 
@@ -42,6 +42,11 @@ class Encoder:
     config: typing.Any = None
     step: typing.Optional[int] = None
 
+    @property
+    def width(self):
+        """D, of the backbone's features."""
+        return int(self.models["backbone"].output_shape[-1])
+
     def rows(self, images, features="backbone", training=False):
         """uint8 images (B, size, size, 3) -> (B, D) or (B, C), at least float32, not normalised.
 
@@ -61,7 +66,7 @@ class Encoder:
         return digest.hexdigest()
 
 
-def open_encoder(path, side="query", size=0):
+def open_encoder(path, side="query", size=0, bn_group_size=0, **changes):
     """The encoder of a run's workdir, of a .pth, .pt or .safetensors file, or of a SavedModel's folder.
 
     A SavedModel must have a signature "features" that takes images (B, S, S, 3) in [0, 1] as its only argument and
@@ -71,18 +76,23 @@ def open_encoder(path, side="query", size=0):
         path: may be gs://, but for files of PyTorch.
         side: "query", or "key" for the momentum encoder, of a run.
         size: of the images; 0: the one the encoder was made for.
+        bn_group_size: images that share batch statistics, where the backbone is to train on; as in a config.
+        changes: arguments of the backbone to differ from those it was trained with, such as `drop_path`.
 
     Raises:
-        UsageError: nothing of the kind at this path; a side that it does not have.
+        UsageError: nothing of the kind at this path; a side or a backbone argument that it does not have.
         DataError: a file that cannot be read, or of another model.
     """
     if side not in SIDES:
         raise UsageError(f"The encoder's side must be one of {', '.join(SIDES)}. Received: {side!r}.")
     if path.endswith(FILES):
-        return _of_file(path, side, size)
+        return _of_file(path, side, size, bn_group_size, changes)
     if tf.io.gfile.exists(f"{path}/config.json"):
-        return _of_run(path, side, size)
+        return _of_run(path, side, size, bn_group_size, changes)
     if side == "query" and tf.io.gfile.exists(f"{path}/saved_model.pb"):
+        if changes:
+            raise UsageError(f"The backbone of a SavedModel is what it is. Received: {path} and {', '.join(changes)} to "
+                             "change in it. Start from the run's workdir, or leave these out.")
         return _of_saved_model(path, size)
     raise UsageError("An encoder is a run's workdir, a SavedModel's folder (side query), or a file in "
                      f"{', '.join(FILES)}. Received: {path}, which is none of these.")
@@ -94,36 +104,59 @@ def parts(encoder):
             "embedding": encoder}
 
 
-def _of_run(path, side, size):
+def read_own_config(path):
+    """The config that comes with an encoder's path: a run's; None where there is none."""
+    return read_config(path) if tf.io.gfile.exists(f"{path}/config.json") else None
+
+
+def _of_run(path, side, size, bn_group_size, changes):
     method, config, step = restore_method(path)
     encoder = method.encoder if side == "query" else getattr(method, "key_encoder", None)
     if encoder is None:
         raise UsageError(f"A key encoder belongs to methods that have a momentum encoder. Received: {path}, of "
                          f"{config.method.name}. Use the query encoder.")
+    changed = _changed(config, size, bn_group_size, changes)
+    if changed != config:
+        encoder = _rebuilt(changed, torch_weights.state_dict(encoder))
     return Encoder(path, f"{config.method.name}, {side} encoder at step {step}", parts(encoder), method.normalize,
-                   size or config.views.size, config, step)
+                   changed.views.size, config, step)
 
 
-def _of_file(path, side, size):
+def _of_file(path, side, size, bn_group_size, changes):
     checkpoint = torch_weights.parse(torch_weights.read_state_dict(path))
     config = imported_config(checkpoint)
-    if size:
-        config.unlock()
-        config.views.size = size
-        config.lock()
     set_precision(config.precision)
-    encoder = build_encoder(config)
     state = checkpoint.encoder if side == "query" else checkpoint.key_encoder
     if not state:
         raise UsageError(f"The file must hold a key encoder. Received: {path}, without one. Use the query encoder.")
+    changed = _changed(config, size, bn_group_size, changes)
     whole = checkpoint.kind == "pretraining"
     if whole:
-        torch_weights.load_into(encoder, state)
+        encoder = _rebuilt(changed, state)
     else:
+        encoder = build_encoder(changed)
         torch_weights.load_backbone(encoder, checkpoint, allow_probe=True)
     models = parts(encoder)
     return Encoder(path, torch_weights.describe(checkpoint), models if whole else {"backbone": models["backbone"]},
-                   normalizer(view_recipe(config)), config.views.size, config)
+                   normalizer(view_recipe(config)), changed.views.size, config)
+
+
+def _changed(config, size, bn_group_size, changes):
+    changed = config.copy_and_resolve_references().unlock()
+    changed.views.size = size or config.views.size
+    changed.bn_group_size = bn_group_size or config.bn_group_size
+    changed.backbone.update(changes)
+    return changed.lock()
+
+
+def _rebuilt(config, state):
+    """The encoder of a config with the weights of a state dict; positions that are computed follow the size."""
+    encoder = build_encoder(config)
+    own = torch_weights.state_dict(encoder)
+    if "pos_embed" in own and own["pos_embed"].shape != state["pos_embed"].shape:
+        state = {**state, "pos_embed": own["pos_embed"]}
+    torch_weights.load_into(encoder, state)
+    return encoder
 
 
 # ---------------------------------------------------------------------------------------------- SavedModels

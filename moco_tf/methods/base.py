@@ -1,5 +1,7 @@
 """What every method shares: the one training step."""
 
+import math
+
 import tensorflow as tf
 
 from moco_tf.distribute import apply_gradients_if, mean_over_replicas
@@ -58,6 +60,10 @@ class Method(keras.Model):
     def metrics_of(self, keys, outputs):
         """What is worth following beside the loss: a dict of scalars, of this replica."""
         raise NotImplementedError(f"{type(self).__name__} must define metrics_of")
+
+    def chance_loss(self, batch_size):
+        """The loss of guessing, in nats: among the keys of a global batch, unless a method compares with others."""
+        return math.log(batch_size)
 
     def train_step(self, views):
         """One step on a dict of views; returns scalars, equal on all replicas."""

@@ -1,5 +1,7 @@
 """Momentum Contrast v1 and v2 (arXiv:1911.05722, Algorithm 1; arXiv:2003.04297), which differ in their configs only."""
 
+import math
+
 import tensorflow as tf
 
 from moco_tf.distribute import first_row, gather_rows
@@ -58,6 +60,9 @@ class MoCo(Method):
         return {"accuracy": tf.reduce_mean(tf.cast(rank < 1, tf.float32)),
                 "accuracy_top5": tf.reduce_mean(tf.cast(rank < 5, tf.float32)),
                 "feature_std": feature_std(keys["all"])}
+
+    def chance_loss(self, batch_size):
+        return math.log(self.queue.size + 1)
 
     def _shuffled(self, views):
         """This replica's share of the key images in the order to encode, and where its queries' keys will stand."""

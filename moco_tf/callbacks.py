@@ -46,6 +46,7 @@ class Checkpoints:
                 self.good = path
                 return step_of(path)
             except (tf.errors.OpError, ValueError, AssertionError, IndexError, RuntimeError) as error:
+                tf.get_logger().setLevel("ERROR")    # else TensorFlow lists, after our own last word, what it did not restore
                 logging.warning("checkpoint %s cannot be read, trying the one before: %s", path, _first_line(error))
         if found:
             raise DataError(f"At least one checkpoint must be readable to resume. Tried {', '.join(found)}. "

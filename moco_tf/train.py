@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import platform
+import re
 import time
 
 import numpy as np
@@ -420,7 +421,11 @@ def view_names(config):
 
 
 def _first_line_of(error):
-    return str(error.message).splitlines()[0] if error.message else type(error).__name__
+    """Of a TensorFlow error, without the names of graph nodes and an assertion's brackets."""
+    line = str(error.message).splitlines()[0] if error.message else type(error).__name__
+    line = re.sub(r"\{\{.*?\}\}", "", line).strip()
+    _, _, asserted = line.partition("assertion failed: ")
+    return re.sub(r"[\[\]]", "", asserted).strip() or line
 
 
 def _announcement(config, train, held_out, replicas, reason):

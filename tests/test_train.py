@@ -1,46 +1,22 @@
 """Whole runs of the command: what they leave, and that a stopped run ends as one that was not."""
 
 import json
-import pathlib
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
-from conftest import ROOT, TINY, moco_tf
+from conftest import TINY, moco_tf
+from runs import assert_same_run, final_state, lines, start_and_stop_at
 
 WHOLE = [*TINY, "--config.epochs=1", "--config.checkpoint.every_steps=10"]    # 40 steps
-TIMES = ("images_per_s", "data_wait")
 
 
 def pretrain(workdir, *arguments, **options):
     return moco_tf("pretrain", f"--workdir={workdir}", *WHOLE, *arguments, **options)
-
-
-def lines(workdir, name="metrics.jsonl"):
-    return [json.loads(line) for line in (pathlib.Path(workdir) / name).read_text().splitlines()]
-
-
-def final_state(workdir):
-    reader = tf.train.load_checkpoint(str(pathlib.Path(workdir) / "checkpoints" / "step-40"))
-    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map() if "OBJECT_GRAPH" not in name}
-
-
-def assert_same_run(ours, expected):
-    state, reference = final_state(ours), final_state(expected)
-    assert state.keys() == reference.keys()
-    for name, value in reference.items():
-        if "save_counter" not in name:
-            assert np.asarray(value).tobytes() == np.asarray(state[name]).tobytes(), name
-    without_times = [[{k: v for k, v in line.items() if k not in TIMES} for line in lines(workdir)]
-                     for workdir in (ours, expected)]
-    assert without_times[0] == without_times[1]
-    assert lines(ours, "monitor.jsonl") == lines(expected, "monitor.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +26,6 @@ def finished(tmp_path_factory):
     done = pretrain(workdir)
     assert done.returncode == 0, done.stderr
     return workdir, done
-
-
-def start_and_stop_at(step, workdir, number):
-    """Sends the signal once metrics.jsonl has reached `step`; returns the exit code and what was printed."""
-    process = subprocess.Popen([sys.executable, "-m", "moco_tf", "pretrain", f"--workdir={workdir}", *WHOLE],
-                               cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.time() + 240
-    metrics = workdir / "metrics.jsonl"
-    while time.time() < deadline and process.poll() is None:
-        if metrics.exists() and metrics.read_text().count("\n") >= step:
-            process.send_signal(number)
-            break
-        time.sleep(0.01)
-    output, _ = process.communicate(timeout=120)
-    return process.returncode, output
 
 
 def test_a_run_leaves_its_config_metrics_pictures_and_results(finished):
@@ -92,7 +53,7 @@ def test_a_finished_run_is_not_trained_again(finished):
 
 
 def test_a_killed_run_ends_as_one_that_was_not(finished, tmp_path):
-    code, _ = start_and_stop_at(15, tmp_path / "run", signal.SIGKILL)
+    code, _ = start_and_stop_at(15, ["pretrain", *WHOLE], tmp_path / "run", signal.SIGKILL)
     assert code == -signal.SIGKILL
     # What a kill in the middle of a line or of a save may leave behind.
     with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
@@ -104,7 +65,7 @@ def test_a_killed_run_ends_as_one_that_was_not(finished, tmp_path):
 
 
 def test_a_terminated_run_saves_itself_and_ends_as_one_that_was_not(finished, tmp_path):
-    code, output = start_and_stop_at(13, tmp_path / "run", signal.SIGTERM)
+    code, output = start_and_stop_at(13, ["pretrain", *WHOLE], tmp_path / "run", signal.SIGTERM)
     assert code == 75, output
     assert "SIGTERM" in output and "saved at step" in output
     done = pretrain(tmp_path / "run")

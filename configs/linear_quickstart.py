@@ -1,4 +1,4 @@
-"""The linear protocol for the quick start's small encoder: linear_v1v2 with the quick start's mild crops and a lower rate.
+"""The linear protocol for the quick start's small encoder: linear_v1v2 with mild crops and a lower rate.
 
     moco-tf linear --encoder=runs/quickstart --config=linear_quickstart
 

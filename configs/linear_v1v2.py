@@ -1,4 +1,5 @@
-"""Linear classification on frozen features as MoCo v1 and v2 do it: 100 epochs, learning rate 30 (arXiv:1911.05722, sec. 4.1).
+"""Linear classification on frozen features as MoCo v1 and v2 do it: 100 epochs, learning rate 30
+(arXiv:1911.05722, sec. 4.1).
 
     moco-tf linear --encoder=runs/moco_v2_r50 --config=linear_v1v2
 

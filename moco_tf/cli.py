@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import sys
+import types
 
 from absl import flags
 
@@ -94,18 +95,115 @@ def knn(argv):
     """Accuracy of the nearest neighbours' vote on held-out images, for a pre-trained encoder.
 
     moco-tf knn --workdir=runs/quickstart [--k=20,200] [--config.data.path=/other/images]
+    moco-tf knn --encoder=export/ --config.data.name=folder --config.data.path=/data/photos
     """
     values = _flags()
-    flags.DEFINE_string("workdir", None, "Folder of a run.", flag_values=values)
+    flags.DEFINE_string("encoder", None, "A run's workdir, a .pth, .pt or .safetensors file, or a SavedModel's folder "
+                        "(default: the workdir).", flag_values=values)
+    flags.DEFINE_enum("side", "query", ["query", "key"], "Encoder of a run to take.", flag_values=values)
+    flags.DEFINE_string("workdir", None, "Folder for knn.json (default: that of the encoder, if it is a run's).",
+                        flag_values=values)
     flags.DEFINE_list("k", ["20", "200"], "Neighbours that vote, one or more.", flag_values=values)
     flags.DEFINE_list("temperature", ["0.07", "0.1"], "Of the votes, one or more.", flag_values=values)
     flags.DEFINE_enum("features", "backbone", ["backbone", "embedding"], "Rows to compare.", flag_values=values)
-    config, _ = _parse(argv, values, config=True, required=("workdir",))
+    flags.DEFINE_string("cache", None, "Folder for the features (default: features/ in a run's workdir; else they are "
+                        "not kept).", flag_values=values)
+    config, _ = _parse(argv, values, config=True, default="linear_v1v2")
+    path = values.encoder or values.workdir
+    if not path:
+        raise UsageError("knn needs --encoder, or the --workdir of a run. `moco-tf knn --help` shows an example.")
     ks, temperatures = _numbers(values.k, int, "--k"), _numbers(values.temperature, float, "--temperature")
     print_onednn()
-    from moco_tf.evaluation.report import knn_report
-    for row in knn_report(config, values.workdir, ks, temperatures, values.features):
-        print(f"k {row['k']:4d}  temperature {row['temperature']:<5g}  top-1 {row['top1']:.2%}  top-5 {row['top5']:.2%}")
+    from moco_tf.evaluation.report import evaluate_knn
+    report, file = evaluate_knn(config, path, values.side, values.workdir or "", ks=ks, temperatures=temperatures,
+                                features=values.features, cache=values.cache or "")
+    for row in report["grid"]:
+        print(f"k {row['k']:4d}  temperature {row['temperature']:<5g}  "
+              f"top-1 {row['top1']:.2%}  top-5 {row['top5']:.2%}")
+    print(f"{report['encoder']}; {report['bank']} images vote on {report['queries']}"
+          + (f"; it is in {file}" if file else ""))
+
+
+def export(argv):
+    """Writes an encoder as a SavedModel, a Keras file, weights or TFLite, for use without this package.
+
+    moco-tf export --encoder=runs/moco_v2 [--out=DIR] [--side=key] [--precision=bfloat16]
+    moco-tf export --encoder=runs/moco_v2 --formats=saved_model,keras,weights,tflite
+    """
+    values = _flags()
+    flags.DEFINE_string("encoder", None, "A run's workdir, or a .pth, .pt or .safetensors file.", flag_values=values)
+    flags.DEFINE_string("out", "", "Folder to write, local or gs:// (default: export in the encoder's workdir).",
+                        flag_values=values)
+    flags.DEFINE_enum("side", "query", ["query", "key"], "Encoder of the run to take.", flag_values=values)
+    flags.DEFINE_enum("precision", "float32", ["float32", "bfloat16"], "Of the computation.", flag_values=values)
+    flags.DEFINE_integer("size", 0, "Side of the images in pixels; 0: the one the encoder was made for.", lower_bound=0,
+                         flag_values=values)
+    flags.DEFINE_list("formats", ["saved_model"], "One or more of saved_model, keras, weights, tflite.",
+                      flag_values=values)
+    flags.DEFINE_bool("overwrite", False, "Replace an export that lies there.", flag_values=values)
+    _, rest = _parse(argv, values, required=("encoder",))
+    if rest:
+        raise UsageError(f"export takes flags only. Received besides: {' '.join(rest)}.")
+    print_onednn()
+    from moco_tf.export.saved_model import export as write
+    write(values.encoder, values.out, values.side, values.precision, values.size, values.formats, values.overwrite)
+
+
+def show(argv):
+    """Draws a recipe's views, runs' curves, an encoder's neighbours or map, or writes a page with all of a run.
+
+    moco-tf show views moco_v2_r50 --config.data.name=folder --config.data.path=/data/photos
+    moco-tf show curves runs/a runs/b
+    moco-tf show neighbours runs/a --queries=10 --k=8
+    moco-tf show map runs/a --points=2000
+    moco-tf show map encoder.pth --config.data.name=folder --config.data.path=/data/photos
+    moco-tf show report runs/a
+    """
+    values = _flags()
+    flags.DEFINE_string("out", None, "File to write (default: figures/SUBJECT.png or report.html in the workdir; without a "
+                        "workdir, or with several: in the current folder).", flag_values=values)
+    flags.DEFINE_integer("queries", 10, "neighbours: images to find some for.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("k", 8, "neighbours: how many for each.", lower_bound=1, flag_values=values)
+    flags.DEFINE_enum("split", "held-out", ["held-out", "train"], "neighbours: where the queries are from.",
+                      flag_values=values)
+    flags.DEFINE_integer("bank", 10000, "neighbours: training images to look among, drawn; 0: all.", lower_bound=0,
+                         flag_values=values)
+    flags.DEFINE_integer("points", 2000, "map: images, drawn.", lower_bound=1, flag_values=values)
+    overrides = [argument for argument in argv if argument.lstrip("-").startswith("config.")]
+    _, rest = _parse([argument for argument in argv if argument not in overrides], values)
+    subject, paths = rest[0] if rest else "nothing", rest[1:]
+    if subject not in SUBJECTS:
+        near = difflib.get_close_matches(subject, SUBJECTS, n=1)
+        raise UsageError(f"show takes one of {', '.join(SUBJECTS)}. Received: {subject}."
+                         + (f" Did you mean {near[0]!r}?" if near else ""))
+    if len(paths) != 1 and not (paths and subject == "curves") or overrides and subject == "curves":
+        raise UsageError(f"show {subject} takes {SUBJECTS[subject]}. Received: {' '.join(paths + overrides) or 'nothing'}.")
+    path, run = paths[0], _is_run(paths[0])
+    if not run and (subject == "report" or subject == "views" and os.path.isdir(path)):
+        raise UsageError(f"The workdir must hold a run. Received: {path}, without a config.json.")
+    config = None
+    if subject != "curves":
+        named = path if subject == "views" and not run else None
+        config = _config(types.SimpleNamespace(config=named, workdir=path), overrides, "linear_v1v2")
+        print_onednn()
+    name = "report.html" if subject == "report" else f"figures/{subject}.png"
+    out = values.out or os.path.join(path if run and len(paths) == 1 else ".", name)
+    from moco_tf.visualize import draw
+    draw(subject, paths, config, out, values.points, queries=values.queries, k=values.k, split=values.split,
+         bank=values.bank)
+    print(out)
+
+
+SUBJECTS = {"views": "one recipe's name or file, or one workdir", "curves": "one or more workdirs, and no config",
+            "neighbours": "one workdir, file of weights or SavedModel", "map": "one workdir, file of weights or SavedModel",
+            "report": "one workdir"}
+
+
+def _is_run(path):
+    if "://" in path:
+        import tensorflow as tf
+        return tf.io.gfile.exists(f"{path}/config.json")
+    return os.path.isfile(f"{path}/config.json")
 
 
 def data(argv):
@@ -142,17 +240,21 @@ def convert(argv):
     moco-tf convert runs/moco_v2 resnet50.safetensors --layout=torchvision
     moco-tf convert runs/moco_v2 resnet50.pkl --layout=detectron2
     moco-tf convert moco_v2_200ep_pretrain.pth.tar runs/imported
+    moco-tf convert vit-s-300ep.pth.tar deit.pth --layout=deit
+    moco-tf convert deit_small.pth runs/imported --allow_probe --heads=6
     """
     values = _flags()
-    flags.DEFINE_enum("layout", "official", ["official", "torchvision", "detectron2"], "Names in the file written.",
-                      flag_values=values)
+    flags.DEFINE_enum("layout", "official", ["official", "torchvision", "deit", "detectron2"],
+                      "Names in the file written.", flag_values=values)
     flags.DEFINE_bool("allow_probe", False, "Take the backbone of a file that holds no pre-training: a linear probe's, "
-                      "or a plain ResNet's.", flag_values=values)
+                      "or a plain network's.", flag_values=values)
+    flags.DEFINE_integer("heads", 0, "Attention heads of a vision transformer's file, which does not say; 0: those of "
+                         "MoCo v3 where they are known.", lower_bound=0, flag_values=values)
     _, rest = _parse(argv, values)
     if len(rest) != 2:
         raise UsageError(f"convert takes SOURCE and TARGET. Received: {' '.join(rest) or 'nothing'}.")
     from moco_tf.export.exchange import exchange
-    exchange(rest[0], rest[1], values.layout, values.allow_probe)
+    exchange(rest[0], rest[1], values.layout, values.allow_probe, values.heads)
 
 
 def recipes(argv):
@@ -185,7 +287,8 @@ def doctor(argv):
     examine(values.strategy, values.cpu_replicas)
 
 
-COMMANDS = {"pretrain": pretrain, "linear": linear, "finetune": finetune, "knn": knn, "convert": convert, "data": data, "recipes": recipes, "doctor": doctor}
+COMMANDS = {"pretrain": pretrain, "linear": linear, "finetune": finetune, "knn": knn, "export": export,
+            "convert": convert, "show": show, "data": data, "recipes": recipes, "doctor": doctor}
 
 
 def main(argv=None):

@@ -29,16 +29,38 @@ def contrastive_logits(query, positive, negatives, temperature):
     return tf.concat([positive_logit, negative_logits], axis=1) / temperature
 
 
-def info_nce(logits):
-    """InfoNCE (MoCo v1, eq. 1): cross-entropy of each row's softmax against column 0.
+def in_batch_logits(query, keys, temperature):
+    """Cosines over the temperature where the keys of the batch are positives and negatives alike (MoCo v3, alg. 1).
+
+    Args:
+        query: (N, C) unit rows.
+        keys: (B, C) unit rows of all replicas, in rank order.
+        temperature: > 0, divides the cosines.
 
     Returns:
-        (B,) losses in nats; log(K + 1) when all keys are alike.
+        (N, B).
     """
-    positive_is_column_0 = tf.zeros(logits.shape[0], tf.int32)
-    return tf.nn.sparse_softmax_cross_entropy_with_logits(positive_is_column_0, logits)
+    return tf.matmul(query, keys, transpose_b=True) / temperature
 
 
-def positive_rank(logits):
-    """(B,) how many negatives score above the positive: 0 is a right answer of the (K + 1)-way task."""
-    return tf.math.count_nonzero(logits[:, 1:] > logits[:, :1], axis=1, dtype=tf.int32)
+def info_nce(logits, positive=None):
+    """InfoNCE (MoCo v1, eq. 1; MoCo v3, eq. 1): cross-entropy of each row's softmax against its positive.
+
+    Args:
+        logits: (N, K).
+        positive: (N,) integers, the column of each row's positive; None: column 0.
+
+    Returns:
+        (N,) losses in nats; log(K) when all keys are alike.
+    """
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(_columns(logits, positive), logits)
+
+
+def positive_rank(logits, positive=None):
+    """(N,) how many negatives score above the positive, as in `info_nce`: 0 is a right answer of the K-way task."""
+    score = tf.gather(logits, _columns(logits, positive), axis=1, batch_dims=1)
+    return tf.math.count_nonzero(logits > score[:, None], axis=1, dtype=tf.int32)
+
+
+def _columns(logits, positive):
+    return tf.zeros(logits.shape[0], tf.int32) if positive is None else positive

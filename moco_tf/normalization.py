@@ -1,8 +1,12 @@
-"""Batch normalisation over groups of a fixed number of images, whatever the number of devices."""
+"""Batch normalisation over groups of a fixed number of images, whatever the number of devices, or over all of them."""
 
 import tensorflow as tf
 
+from moco_tf.distribute import mean_over_replicas, update_copies
+
 keras = tf.keras
+
+ALL_REPLICAS = -1    # as group_size: the batches of all replicas are one group
 
 
 @keras.utils.register_keras_serializable("moco_tf")
@@ -11,7 +15,7 @@ class BatchNorm(keras.layers.Layer):
 
     MoCo v1 and v2 train with 32 images per GPU, and each GPU normalises by itself (arXiv:1911.05722, sec. 3.3). Here
     the group, not the device, is that unit: one device with 256 images has eight groups, eight devices with 32 have
-    one each.
+    one each. MoCo v3 synchronises instead (arXiv:2104.02057 and its code): one group over all replicas.
 
     With `training=True` every group is normalised by its own mean and biased variance, and the moving statistics move
     towards the mean over the groups of mean and *unbiased* variance; a channel whose batch statistics are not finite
@@ -22,7 +26,8 @@ class BatchNorm(keras.layers.Layer):
     float32; outputs have the dtype of the inputs.
 
     Args:
-        group_size: images that share statistics, a divisor of the batch that one replica gets; None: all of that batch.
+        group_size: images that share statistics, a divisor of the batch that one replica gets; None: all of that batch;
+            ALL_REPLICAS: the batches of all replicas, for which a pass has one collective, of 2 C numbers.
         momentum: weight of the old value in the moving statistics (PyTorch's `momentum` is 1 minus this).
         epsilon: added to the variance.
         center, scale: whether there are `beta`, added, and `gamma`, multiplied, both (C,).
@@ -65,10 +70,17 @@ class BatchNorm(keras.layers.Layer):
                     inputs, gamma, beta, mean, variance, self.epsilon, is_training=False)[0]
             return _normalize(tf.cast(inputs, mean.dtype), gamma, beta, mean, variance, self.epsilon, inputs.dtype)
 
+        if self.group_size == ALL_REPLICAS and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            outputs, batch_mean, batch_variance = _train_synchronised(inputs, gamma, beta, mean, self.epsilon)
+            # Equal on all replicas as they are.
+            update_copies(lambda moving, step: moving.assign_add(step), *self._moves(batch_mean, batch_variance))
+            return outputs
+
         train = _train_fused if fused else _train
         parts = [train(part, gamma, beta, self.epsilon) for part in self._groups(inputs)]
         outputs, means, variances = zip(*parts)
-        self._move(tf.add_n(means) / len(parts), tf.add_n(variances) / len(parts))
+        for moving, step in zip(*self._moves(tf.add_n(means) / len(parts), tf.add_n(variances) / len(parts))):
+            moving.assign_add(step)
         return tf.concat(outputs, axis=0)
 
     def get_config(self):
@@ -78,7 +90,7 @@ class BatchNorm(keras.layers.Layer):
 
     def _groups(self, inputs):
         batch = inputs.shape[0]
-        if self.group_size is None or self.group_size == batch:
+        if self.group_size in (None, ALL_REPLICAS, batch):
             return [inputs]
         if batch is None or batch % self.group_size:
             raise ValueError(
@@ -89,11 +101,12 @@ class BatchNorm(keras.layers.Layer):
         # A fused kernel for each part beats one set of plain operations on a (groups, size, H, W, C) tensor by 1.5.
         return tf.split(inputs, batch // self.group_size)
 
-    def _move(self, mean, variance):
+    def _moves(self, mean, variance):
+        """The moving statistics, and what to add to each of them."""
         finite = tf.math.is_finite(mean) & tf.math.is_finite(variance)
-        for moving, value in ((self.moving_mean, mean), (self.moving_variance, variance)):
-            step = (1.0 - self.momentum) * (value - moving)
-            moving.assign_add(tf.where(finite, step, tf.zeros_like(step)))
+        moving = [self.moving_mean, self.moving_variance]
+        steps = [(1.0 - self.momentum) * (value - old) for old, value in zip(moving, (mean, variance))]
+        return moving, [tf.where(finite, step, tf.zeros_like(step)) for step in steps]
 
 
 def _at_least_float32(dtype):
@@ -107,10 +120,30 @@ def _train_fused(inputs, gamma, beta, epsilon):
 
 def _train(inputs, gamma, beta, epsilon):
     x = tf.cast(inputs, gamma.dtype)
-    mean, variance = tf.nn.moments(x, list(range(x.shape.rank - 1)))
-    values = tf.cast(tf.size(x) // x.shape[-1], x.dtype)
+    mean, variance = _moments(x)
     outputs = _normalize(x, gamma, beta, mean, variance, epsilon, inputs.dtype)
-    return outputs, mean, variance * values / tf.maximum(values - 1, 1)
+    return outputs, mean, _unbiased(variance, x)
+
+
+def _train_synchronised(inputs, gamma, beta, moving_mean, epsilon):
+    x = tf.cast(inputs, gamma.dtype)
+    mean, variance = _moments(x)
+    # Relative to the moving mean, which all replicas know: a variance from the means of plain values and squares would
+    # be lost to rounding where the mean is large.
+    offset = mean - moving_mean
+    offset, square = tf.unstack(mean_over_replicas(tf.stack([offset, variance + tf.square(offset)])))
+    mean, variance = moving_mean + offset, tf.maximum(square - tf.square(offset), 0.0)
+    outputs = _normalize(x, gamma, beta, mean, variance, epsilon, inputs.dtype)
+    return outputs, mean, _unbiased(variance, x, replicas=tf.distribute.get_strategy().num_replicas_in_sync)
+
+
+def _moments(x):
+    return tf.nn.moments(x, list(range(x.shape.rank - 1)))
+
+
+def _unbiased(variance, x, replicas=1):
+    values = tf.cast(replicas * (tf.size(x) // x.shape[-1]), x.dtype)
+    return variance * values / tf.maximum(values - 1, 1)
 
 
 def _normalize(x, gamma, beta, mean, variance, epsilon, dtype):

@@ -5,27 +5,64 @@ import tensorflow as tf
 
 from moco_tf import config as configs
 from moco_tf.errors import UsageError
-from moco_tf.train import build_method, learning_rate, view_recipe
+from moco_tf.evaluation.classifier import CLASSIFIERS
+from moco_tf.train import (build_method, build_optimizer, build_schedule, check, compile_method, construct, learning_rate,
+                           view_names)
 
 keras = tf.keras
 
-# Parameters of the query encoder (torchvision's counts plus the head's), millions.
+# Parameters that train: the query encoder's (torchvision's counts plus the head's), of MoCo v3 also the predictor's.
 PARAMETERS = {
-    "moco_v1_r50": 23_770_304, "moco_v2_r50": 27_966_656, "moco_v2_r50_800ep": 27_966_656, "moco_v1_r50_w2": 94_431_488,
-    "moco_v1_r50_w4": 376_426_880, "moco_v1_rx50": 46_235_072, "moco_v2_r50_imagenet100": 27_966_656,
-    "moco_v2_r18_cifar10": 11_234_496}
+    "moco_v1_r50": 23_770_304, "moco_v2_r50": 27_966_656, "moco_v1_r50_w2": 94_431_488, "moco_v1_r50_w4": 376_426_880,
+    "moco_v1_rx50": 46_235_072, "moco_v2_r18_cifar10": 11_234_496, "moco_v3_r50": 35_058_752,
+    "moco_v3_vit_small": 42_815_104, "moco_v3_vit_base": 108_150_016, "moco_v3_vit_conv_small": 42_062_128,
+    "moco_v3_vit_conv_base": 105_141_856}
+PRETRAINING = sorted(name for name in configs.recipes() if "head" in configs.load(name))
+LABELLED = sorted(set(configs.recipes()) - set(PRETRAINING))
 
 
-@pytest.mark.parametrize("name", sorted(configs.recipes()))
-def test_every_recipe_builds(name):
+def networks():
+    """{name: config} of recipes with a network of their own; the others build one of these again."""
+    first = {}
+    for name in sorted(PRETRAINING, key=lambda name: (name not in PARAMETERS, name)):
+        config = configs.load(name)
+        first.setdefault(str([config.backbone, config.head, config.get("predictor"), config.views.size]), name)
+    return sorted(first.values())
+
+
+@pytest.mark.parametrize("name", networks())
+def test_every_network_of_the_recipes_builds(name):
     config = configs.load(name)
     method = build_method(config, steps_per_epoch=100)
     count = sum(int(tf.size(w)) for w in method.trainable_weights)
     assert count == PARAMETERS.get(name, count)
-    assert method.queue.keys.shape == (config.method.queue_size, config.head.dim)
-    assert {"query", "key"} == set(view_recipe(config).views)
     del method
     keras.backend.clear_session()
+
+
+def test_the_counted_networks_are_all_built():
+    assert set(PARAMETERS) <= set(networks())
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_a_pretraining_recipe_fits_its_method(name):
+    config = configs.load(name)
+    check(config, size=1 << 20, replicas=1, view_names=view_names(config))
+    assert build_schedule(config, 100)(0) >= 0 and build_optimizer(config, 100)
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_a_recipe_for_labels_builds_on_a_backbone(name):
+    config = configs.override(configs.load(name), **{"views.size": 16, "encoder": "random:smoke"})
+    check(config, size=1 << 20, replicas=1, view_names=("image",))
+    backbone = keras.Sequential([keras.layers.Flatten(input_shape=(16, 16, 3))])
+    method = construct(CLASSIFIERS, config.method, "method", backbone=backbone, num_classes=3, seed=0)
+    method.build_on(768)
+    excluded = () if "exclude" not in config.optimizer else ("bias",)
+    if excluded:
+        config = configs.override(config, **{"optimizer.exclude": excluded})
+    compile_method(method, config, steps_per_epoch=10)
+    assert len(method.trainable_weights) == 2
 
 
 @pytest.mark.parametrize("name", sorted(configs.recipes()))

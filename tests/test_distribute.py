@@ -1,4 +1,5 @@
-"""One, two and four replicas train as one, with shuffling BN in the pipeline and in the step."""
+"""One, two and four replicas train as one: MoCo with shuffling BN in the pipeline and in the step, and MoCo v3 with
+synchronised BN, a ResNet by LARS and a vision transformer by AdamW."""
 
 import os
 import subprocess
@@ -10,37 +11,55 @@ import pytest
 from conftest import ROOT
 
 
-def trained(replicas, shuffle, precision, folder):
-    out = folder / f"{replicas}{shuffle}{precision}.npz"
-    subprocess.run([sys.executable, ROOT / "tests" / "replicas.py", str(replicas), shuffle, precision, out], check=True,
+def trained(replicas, what, precision, folder):
+    out = folder / f"{replicas}{what}{precision}.npz"
+    subprocess.run([sys.executable, ROOT / "tests" / "replicas.py", str(replicas), what, precision, out], check=True,
                    timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT)})
     return np.load(out)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """{precision: what one replica has learned}."""
-    folder = tmp_path_factory.mktemp("one")
-    return {precision: trained(1, "input", precision, folder) for precision in ("float64", "float32")}
+    """(what, precision) -> what one replica has learned."""
+    folder, known = tmp_path_factory.mktemp("one"), {}
+
+    def learned(what, precision):
+        if (what, precision) not in known:
+            known[what, precision] = trained(1, what, precision, folder)
+        return known[what, precision]
+
+    return learned
 
 
 def assert_equal(ours, expected, tolerance):
     assert sorted(ours.files) == sorted(expected.files)
     for name in ours.files:
-        scale = np.abs(expected[name]).max(initial=1e-3)
-        np.testing.assert_allclose(ours[name], expected[name], rtol=0, atol=tolerance * scale, err_msg=name)
+        wanted = with_gradient(name, expected[name])
+        scale = np.abs(wanted).max(initial=1e-3)
+        np.testing.assert_allclose(with_gradient(name, ours[name]), wanted, rtol=0, atol=tolerance * scale, err_msg=name)
 
 
-@pytest.mark.parametrize("replicas, shuffle", [(2, "input"), (4, "input"), (2, "cross_replica"), (4, "cross_replica"),
-                                               (1, "cross_replica")])
-def test_replicas_train_as_one(replicas, shuffle, alone, tmp_path):
-    """Losses, weights, statistics, queue and momentum buffers after five steps. In float64, where nothing but a
-    difference of the mathematics can show; 1e-5 with room to spare."""
-    assert_equal(trained(replicas, shuffle, "float64", tmp_path), alone["float64"], 1e-9)
+def with_gradient(name, value):
+    """What of a weight has a gradient: adding the same to all keys of an attention, or to all inputs of a linear layer
+    before BatchNorm, changes nothing, and AdamW makes whole steps of the rounding noise that is left of such gradients."""
+    if name.endswith("attn.qkv/bias:0"):
+        return np.delete(value, range(len(value) // 3, 2 * len(value) // 3))    # without the keys' third
+    return value[:0] if name.endswith(" norm/beta:0") else value
 
 
-@pytest.mark.parametrize("replicas", [2, 4])
-def test_the_losses_of_replicas_are_those_of_one_in_float32(replicas, alone, tmp_path):
-    """At MoCo's learning rate. At larger ones a ReLU near 0 sooner falls to the other side, and rounding grows."""
-    ours = trained(replicas, "input", "float32", tmp_path)["losses"][:, 0]
-    np.testing.assert_allclose(ours, alone["float32"]["losses"][:, 0], rtol=1e-5)
+@pytest.mark.parametrize("replicas, what", [(2, "input"), (4, "input"), (2, "cross_replica"), (4, "cross_replica"),
+                                            (1, "cross_replica"), (2, "v3_resnet"), (4, "v3_resnet"), (2, "v3_vit"),
+                                            (4, "v3_vit")])
+def test_replicas_train_as_one(replicas, what, alone, tmp_path):
+    """Losses, weights, statistics, memory and optimizer after five steps. In float64, where nothing but a difference of
+    the mathematics can show; 1e-5 with room to spare."""
+    one = alone("input" if what == "cross_replica" else what, "float64")
+    assert_equal(trained(replicas, what, "float64", tmp_path), one, 1e-9)
+
+
+@pytest.mark.parametrize("replicas, what", [(2, "input"), (4, "input"), (2, "v3_resnet"), (4, "v3_resnet"),
+                                            (2, "v3_vit"), (4, "v3_vit")])
+def test_the_losses_of_replicas_are_those_of_one_in_float32(replicas, what, alone, tmp_path):
+    """At the published learning rates. At larger ones a ReLU near 0 sooner falls to the other side, and rounding grows."""
+    ours = trained(replicas, what, "float32", tmp_path)["losses"][:, 0]
+    np.testing.assert_allclose(ours, alone(what, "float32")["losses"][:, 0], rtol=1e-5)

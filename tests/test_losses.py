@@ -5,7 +5,7 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from moco_tf.losses import contrastive_logits, info_nce, positive_rank, unit
+from moco_tf.losses import contrastive_logits, in_batch_logits, info_nce, positive_rank, unit
 
 
 def rows(seed, count, width=8):
@@ -39,3 +39,15 @@ def test_unit_floors_the_norm_and_leaves_half_precision():
     np.testing.assert_allclose(tiny, [[0.6, 0.8]])    # Keras' floor of 1e-6 on the norm would shrink this row
     assert unit(tf.ones((1, 4), tf.bfloat16)).dtype == tf.float32
     assert unit(tf.ones((1, 4), tf.float64)).dtype == tf.float64
+
+
+def test_in_batch_logits_with_the_positives_on_a_diagonal():
+    query, keys = rows(0, 4), rows(1, 12)
+    logits = in_batch_logits(query, keys, temperature=0.5)
+    np.testing.assert_allclose(logits, query @ keys.T / 0.5, rtol=1e-5, atol=1e-6)
+    positive = np.arange(4, 8)    # of the second of three replicas
+    values = logits.numpy().astype(np.float64)
+    expected = np.log(np.exp(values).sum(axis=1)) - values[np.arange(4), positive]
+    np.testing.assert_allclose(info_nce(logits, positive), expected, rtol=1e-5)
+    better = [(row > row[column]).sum() for row, column in zip(values, positive)]
+    np.testing.assert_array_equal(positive_rank(logits, positive), better)

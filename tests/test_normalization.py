@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from moco_tf.normalization import BatchNorm
+from moco_tf.normalization import ALL_REPLICAS, BatchNorm
 
 keras = tf.keras
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 1e-2, "float16": 2e-3}
@@ -142,6 +142,76 @@ def test_two_replicas_move_the_statistics_as_one_and_alike():
         first, second = (copy.numpy() for copy in strategy.experimental_local_results(variable))
         np.testing.assert_array_equal(first, second)
         np.testing.assert_allclose(first, wanted, rtol=1e-6, atol=1e-7)
+
+
+def on_two_replicas(x, upstream, dtype, moving_mean):
+    """Outputs, the layer, and the gradients of sum(outputs * upstream), with ALL_REPLICAS on halves of the batch."""
+    strategy = tf.distribute.MirroredStrategy(["/cpu:0", "/cpu:1"],
+                                              cross_device_ops=tf.distribute.ReductionToOneDevice())
+    with strategy.scope():
+        layer = BatchNorm(group_size=ALL_REPLICAS, dtype=dtype)
+        layer.build(x.shape)
+        layer.set_weights([np.linspace(0.5, 2, x.shape[-1]), np.linspace(-1, 1, x.shape[-1]), moving_mean,
+                           np.ones(x.shape[-1])])
+    half = len(x) // 2
+    halves = strategy.experimental_distribute_values_from_function(lambda context: [
+        tf.constant(v[half * context.replica_id_in_sync_group:][:half], dtype) for v in (x, upstream)])
+
+    def pass_of_replica(part, up):
+        with tf.GradientTape() as tape:
+            tape.watch(part)
+            outputs = layer(part, training=True)
+            total = tf.reduce_sum(outputs * up)
+        return outputs, tape.gradient(total, [part, layer.gamma, layer.beta])
+
+    step = tf.function(lambda values: strategy.run(pass_of_replica, args=values))
+    outputs, (for_inputs, for_gamma, for_beta) = step(halves)
+    local = strategy.experimental_local_results
+    for variable in layer.variables:
+        first, second = local(variable)
+        np.testing.assert_array_equal(first, second)
+    return (np.concatenate(local(outputs)), layer,
+            (np.concatenate(local(for_inputs)), np.sum(local(for_gamma), axis=0), np.sum(local(for_beta), axis=0)))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("shape", [(12, 5), (12, 4, 3, 5)])
+def test_synchronised_replicas_are_one_batch(shape, dtype):
+    """Outputs, moving statistics with the n - 1 of the whole batch, and gradients, which pass through the collective."""
+    x, upstream, gamma = batch(shape), batch(shape, seed=1), np.linspace(0.5, 2, 5)
+    x[:6] += 3.0    # halves of different means
+    outputs, layer, gradients = on_two_replicas(x, upstream, dtype, moving_mean=np.zeros(5))
+    expected, mean, variance = reference(x, 12, gamma, np.linspace(-1, 1, 5))
+    tolerance = TOLERANCE[dtype]
+    np.testing.assert_allclose(outputs, expected, rtol=tolerance, atol=4 * tolerance)
+    np.testing.assert_allclose(layer.moving_mean, mean, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(layer.moving_variance, variance, rtol=tolerance, atol=tolerance)
+
+    axes = tuple(range(x.ndim - 1))
+    deviation = np.sqrt(x.var(axes) + 1e-5)
+    unit = (x - x.mean(axes)) / deviation
+    for_inputs = gamma / deviation * (upstream - upstream.mean(axes) - unit * (upstream * unit).mean(axes))
+    for value, wanted in zip(gradients, (for_inputs, (upstream * unit).sum(axes), upstream.sum(axes))):
+        np.testing.assert_allclose(value, wanted, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+def test_synchronised_variances_survive_large_means_in_float32():
+    """Once the moving mean has found the channel; with plain sums of squares the variance would be all rounding."""
+    x = 1000.0 + np.random.default_rng(0).normal(scale=0.1, size=(64, 3))
+    x = x.astype(np.float32).astype(np.float64)
+    outputs, _, _ = on_two_replicas(x, np.ones_like(x), "float32", moving_mean=np.full(3, 1000.0))
+    expected, _, _ = reference(x, 64, np.linspace(0.5, 2, 3), np.linspace(-1, 1, 3))
+    np.testing.assert_allclose(outputs, expected, atol=2e-3)    # a last place of 1000 is 6e-4 standard deviations
+    far, _, _ = on_two_replicas(x, np.ones_like(x), "float32", moving_mean=np.zeros(3))
+    assert np.isfinite(far).all()
+
+
+def test_one_replica_has_nothing_to_synchronise():
+    x = batch((8, 4, 4, 3)).astype(np.float32)
+    one, other = BatchNorm(group_size=ALL_REPLICAS), BatchNorm()
+    np.testing.assert_array_equal(one(x, training=True), other(x, training=True))
+    for value, wanted in zip(one.variables, other.variables):
+        np.testing.assert_array_equal(value, wanted)
 
 
 @pytest.mark.parametrize("images, message", [(6, "6 images per replica, groups of 4"), (None, "unknown size")])

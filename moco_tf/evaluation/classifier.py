@@ -111,14 +111,17 @@ class FineTuning(Classifier):
     """Every weight trains, from the encoder's.
 
     Args:
-        mixup, cutmix: parameters of the Beta distributions; 0 for none of it. smoothing: of labels.
-            erasing: probability that a box of an image becomes noise.
+        stddev: as of `Classifier`.
+        mixup, cutmix: parameters of the Beta distributions; 0 for none of it.
+        smoothing: of labels.
+        erasing: probability that a box of an image becomes noise.
         average: > 0 keeps a moving average of the weights with this momentum, and saves it; accuracies are those of the
             weights themselves (DeiT, arXiv:2012.12877).
     """
 
-    def __init__(self, backbone, num_classes, mixup=0.0, cutmix=0.0, smoothing=0.0, erasing=0.0, average=0.0, **kwargs):
-        super().__init__(backbone, num_classes, **kwargs)
+    def __init__(self, backbone, num_classes, stddev=0.01, mixup=0.0, cutmix=0.0, smoothing=0.0, erasing=0.0, average=0.0,
+                 **kwargs):
+        super().__init__(backbone, num_classes, stddev, **kwargs)
         self.mix = functools.partial(mixture, num_classes=num_classes, mixup=mixup, cutmix=cutmix, smoothing=smoothing)
         self.erasing, self.average = erasing, average
 

@@ -8,15 +8,19 @@ import typing
 
 import tensorflow as tf
 
+from moco_tf import config as configs
 from moco_tf.errors import DataError, UsageError
 from moco_tf.export import torch_weights
-from moco_tf.export.exchange import FILES, imported_config
+from moco_tf.export.exchange import imported_config
+from moco_tf.export.torch_files import SAFETENSORS_FILE, TORCH_FILES
 from moco_tf.losses import at_least_float32
 from moco_tf.train import build_encoder, normalizer, read_config, restore_method, set_precision, view_recipe
 
 keras = tf.keras
 
 SIDES = ("query", "key")
+RANDOM = "random:"
+WEIGHTS = (*TORCH_FILES, SAFETENSORS_FILE)
 METADATA = "moco_tf.json"    # beside saved_model.pb: what `moco-tf export` says of the model
 
 
@@ -69,6 +73,8 @@ class Encoder:
 def open_encoder(path, side="query", size=0, bn_group_size=0, **changes):
     """The encoder of a run's workdir, of a .pth, .pt or .safetensors file, or of a SavedModel's folder.
 
+    "random:RECIPE" is the untrained encoder of a recipe, to compare with.
+
     A SavedModel must have a signature "features" that takes images (B, S, S, 3) in [0, 1] as its only argument and
     returns (B, D); one of `moco-tf export` has. "embedding" is used where there is such.
 
@@ -85,7 +91,9 @@ def open_encoder(path, side="query", size=0, bn_group_size=0, **changes):
     """
     if side not in SIDES:
         raise UsageError(f"The encoder's side must be one of {', '.join(SIDES)}. Received: {side!r}.")
-    if path.endswith(FILES):
+    if path.startswith(RANDOM):
+        return _of_recipe(path, size, bn_group_size, changes)
+    if path.endswith(WEIGHTS):
         return _of_file(path, side, size, bn_group_size, changes)
     if tf.io.gfile.exists(f"{path}/config.json"):
         return _of_run(path, side, size, bn_group_size, changes)
@@ -94,8 +102,8 @@ def open_encoder(path, side="query", size=0, bn_group_size=0, **changes):
             raise UsageError(f"The backbone of a SavedModel is what it is. Received: {path} and {', '.join(changes)} to "
                              "change in it. Start from the run's workdir, or leave these out.")
         return _of_saved_model(path, size)
-    raise UsageError("An encoder is a run's workdir, a SavedModel's folder (side query), or a file in "
-                     f"{', '.join(FILES)}. Received: {path}, which is none of these.")
+    raise UsageError("An encoder is a run's workdir (with a config.json), a SavedModel's folder (side query), or a file in "
+                     f"{', '.join(WEIGHTS)}. Received: {path}, which is none of these.")
 
 
 def parts(encoder):
@@ -105,8 +113,19 @@ def parts(encoder):
 
 
 def read_own_config(path):
-    """The config that comes with an encoder's path: a run's; None where there is none."""
+    """The config that comes with an encoder's path: a run's or a recipe's; None where there is none."""
+    if path.startswith(RANDOM):
+        return configs.load(path[len(RANDOM):])
     return read_config(path) if tf.io.gfile.exists(f"{path}/config.json") else None
+
+
+def _of_recipe(path, size, bn_group_size, changes):
+    config = read_own_config(path)
+    set_precision(config.precision)
+    keras.utils.set_random_seed(config.seed)
+    changed = _changed(config, size, bn_group_size, changes)
+    return Encoder(path, f"{config.method.name}, untrained", parts(build_encoder(changed)),
+                   normalizer(view_recipe(config)), changed.views.size, config)
 
 
 def _of_run(path, side, size, bn_group_size, changes):
@@ -167,20 +186,32 @@ class SavedLayer(keras.layers.Layer):
     Args:
         loaded: what tf.saved_model.load returned.
         signature: name of a signature with one image argument and one output.
+
+    Raises:
+        UsageError: while tracing with `training=True`, for a model that only has signatures, or for its embedding.
     """
 
     def __init__(self, loaded, signature):
         super().__init__(name=signature)
         self.function = loaded.signatures[signature]
         self.loaded = loaded
+        self.trains = signature == "features" and callable(loaded)
         (self.argument, self.spec), = self.function.structured_input_signature[1].items()
         self.variables_of_model = list(self.function.variables)    # as an attribute, so that Keras counts them in
 
+    @property
+    def output_shape(self):
+        return tuple(next(iter(self.function.structured_outputs.values())).shape)
+
     def call(self, images, training=False):
-        if training:
-            return self.loaded(images, training=True)
-        result, = self.function(**{self.argument: tf.cast(images, self.spec.dtype)}).values()
-        return result
+        images = tf.cast(images, self.spec.dtype)
+        if not training:
+            result, = self.function(**{self.argument: images}).values()
+            return result
+        if not self.trains:
+            raise UsageError("To train a SavedModel's features it must be callable as (images, training=True), as one of "
+                             f"`moco-tf export` is. Received: the signature {self.name!r} of another.")
+        return self.loaded(images, training=True)
 
 
 def _of_saved_model(path, size):
@@ -196,7 +227,8 @@ def _of_saved_model(path, size):
     for name in names:
         takes = loaded.signatures[name].structured_input_signature[1]
         gives = list(loaded.signatures[name].structured_outputs.values())
-        if len(takes) != 1 or len(gives) != 1 or next(iter(takes.values())).shape.rank != 4 or gives[0].shape.rank != 2:
+        if len(takes) != 1 or len(gives) != 1 or next(iter(takes.values())).shape.rank != 4 \
+                or gives[0].shape.rank != 2 or gives[0].shape[1] is None:
             raise UsageError(f"The signature {name!r} must take images (B, S, S, 3) and return (B, D). Received: {path}, "
                              f"whose {name!r} takes {_shapes(takes.values())} and returns {_shapes(gives)}.")
         layers["backbone" if name == "features" else name] = SavedLayer(loaded, name)

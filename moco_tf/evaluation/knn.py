@@ -59,7 +59,6 @@ def _nearer(queries, block, start, end, cosines, positions):
     return cosines, tf.where(place < k, old, start + place - k)
 
 
-@tf.function(reduce_retracing=True)
 def votes(cosines, labels, temperature, num_classes):
     """Weighted vote of neighbours (InstDisc, arXiv:1805.01978, sec. 3.4): each adds exp(cosine / temperature).
 
@@ -70,9 +69,9 @@ def votes(cosines, labels, temperature, num_classes):
     Returns:
         (q, num_classes) scores of the dtype of `cosines`.
     """
-    rows = tf.shape(cosines)[0]
+    rows = len(cosines)
     cells = tf.range(rows)[:, None] * num_classes + tf.cast(labels, tf.int32)
-    weights = tf.exp(cosines / tf.cast(temperature, cosines.dtype))
+    weights = tf.exp(cosines / temperature)
     scores = tf.math.unsorted_segment_sum(tf.reshape(weights, [-1]), tf.reshape(cells, [-1]), rows * num_classes)
     return tf.reshape(scores, [rows, num_classes])
 

@@ -5,13 +5,13 @@ import tensorflow as tf
 from moco_tf import config as configs
 from moco_tf.callbacks import Checkpoints
 from moco_tf.errors import DataError, UsageError
-from moco_tf.export import torch_weights
+from moco_tf.export import torch_files, torch_weights
 from moco_tf.train import build_method, open_workdir, restore_method, set_precision
 
-FILES = (*torch_weights.TORCH_FILES, torch_weights.SAFETENSORS_FILE, torch_weights.DETECTRON2_FILE)
+FILES = (*torch_files.TORCH_FILES, torch_files.SAFETENSORS_FILE, torch_files.PICKLE_FILE)
 
 
-def exchange(source, target, layout="official", allow_probe=False):
+def exchange(source, target, layout="official", allow_probe=False, heads=0):
     """Converts, and prints what the source is, how its names fitted, and how far PyTorch's features lie from ours.
 
     Args:
@@ -19,12 +19,13 @@ def exchange(source, target, layout="official", allow_probe=False):
         target: a file of one of these kinds or .pkl (Detectron2); anything else is a workdir to be made.
         layout: of a target file, in `torch_weights.LAYOUTS`.
         allow_probe: into a workdir: accept a file without pre-training, for its backbone.
+        heads: number of attention heads of a vision transformer's file; 0: that of MoCo v3's or DeiT's of its width.
 
     Raises:
         UsageError, DataError: what does not go together, cannot be read, or cannot be written; nothing is left then.
     """
     if source.endswith(FILES):
-        checkpoint = torch_weights.parse(torch_weights.read_state_dict(source))
+        checkpoint = torch_weights.parse(torch_files.read_state_dict(source), heads)
         report = torch_weights.fit(checkpoint)
     else:
         checkpoint, report = torch_weights.checkpoint_of(restore_method(source)[0]), None
@@ -45,27 +46,39 @@ def exchange(source, target, layout="official", allow_probe=False):
 
 
 def imported_config(checkpoint):
-    """The config of a run with the checkpoint's encoder: MoCo v1's or v2's recipe by the head, the rest by the file."""
-    built = torch_weights.architecture(checkpoint.encoder)
-    head = built["head"] if checkpoint.kind == "pretraining" else None
-    config = configs.load("moco_v1_r50" if head and head["name"] == "linear" else "moco_v2_r50")
+    """The config of a run with the checkpoint's encoder: the nearest recipe of MoCo, the rest by the file."""
+    built = torch_weights.architecture(checkpoint)
+    backbone, head = dict(built["backbone"]), built["head"] if checkpoint.kind == "pretraining" else None
+    config = configs.load(_nearest_recipe(checkpoint, backbone, head))
     config.unlock()
-    backbone = dict(built["backbone"])
     backbone.pop("channels")
-    config.backbone = {"name": "resnet", **backbone}
+    if backbone["name"] == "vit":
+        config.views.size = backbone.pop("size")
+        backbone["freeze_patch"] = config.backbone.get("freeze_patch", False)    # a recipe's choice: no file tells
+    config.backbone = backbone
     if head:
         config.head = head
-    elif backbone["depth"] < 50:
+    elif backbone["name"] == "resnet" and backbone["depth"] < 50:
         config.head.hidden_dim = 512
+    if built["predictor"]:
+        config.predictor = {name: value for name, value in built["predictor"].items() if name != "dim"}
     if checkpoint.queue is not None:
         config.method.queue_size = len(checkpoint.queue)
     return config.lock()
 
 
+def _nearest_recipe(checkpoint, backbone, head):
+    if backbone["name"] == "vit" and checkpoint.queue is None:
+        return "moco_v3_vit_base" if backbone["dim"] >= 768 else "moco_v3_vit_small"
+    if head and checkpoint.version == "v3":
+        return "moco_v3_r50"
+    return "moco_v1_r50" if head and head["name"] == "linear" else "moco_v2_r50"
+
+
 def _into_workdir(checkpoint, workdir, allow_probe):
     if checkpoint.kind != "pretraining" and not allow_probe:
         raise DataError(f"A workdir takes a pre-training checkpoint. Received: {torch_weights.describe(checkpoint)}. "
-                        "To start from its backbone, with a new head and queue, add --allow_probe.")
+                        "To start from its backbone, with a new head, add --allow_probe.")
     if tf.io.gfile.exists(f"{workdir}/config.json"):
         raise UsageError(f"The target must be a new workdir. Received: {workdir}, which holds a run. Name another.")
     config = imported_config(checkpoint)
@@ -77,8 +90,7 @@ def _into_workdir(checkpoint, workdir, allow_probe):
 
 
 def _compare(checkpoint):
-    built = torch_weights.architecture(checkpoint.encoder)
-    model = torch_weights.resnet(**built["backbone"])
+    model = torch_weights.backbone_model(torch_weights.architecture(checkpoint))
     torch_weights.load_backbone(model, checkpoint, allow_probe=True)
     difference = torch_weights.difference_from_torchvision(model, checkpoint)
     print("torch and torchvision are not both here, or have no such network: outputs were not compared"

@@ -7,19 +7,20 @@ Files, models and layouts meet in one value, `Checkpoint`:
     model -- checkpoint_of --> Checkpoint -- LAYOUTS[layout], write --> .pth, .pth.tar, .safetensors, .pkl
 """
 
-import argparse
 import importlib
-import os
-import pickle
+import math
 import re
 from typing import NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
 
-from moco_tf.backbones.resnet import BLOCKS, resnet
+from moco_tf.backbones import BACKBONES
+from moco_tf.backbones.resnet import BLOCKS
+from moco_tf.backbones.vit import Block
 from moco_tf.errors import DataError, UsageError
-from moco_tf.heads import HEADS, encoder as join
+from moco_tf.export.torch_files import PICKLE_FILE, SAFETENSORS_FILE, TORCH_FILES, read_state_dict, write_state_dict
+from moco_tf.heads import HEADS, encoder as join, predictor as build_predictor
 
 keras = tf.keras
 
@@ -28,14 +29,17 @@ SUFFIXES = {"kernel": "weight", "bias": "bias", "gamma": "weight", "beta": "bias
 AXES_TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}    # kernels: (H, W, in, out) -> (out, in, H, W); (in, out) -> (out, in)
 AXES_FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
 COUNTER = "num_batches_tracked"                 # PyTorch's BatchNorm counts batches, and uses the count for nothing
-HEAD = "fc."
+HEAD = "fc."                                    # ours, and a ResNet's there; a vision transformer's there is VIT_HEAD
+VIT_HEAD = "head."
+PREDICTOR = "predictor."
 
 
 class Checkpoint(NamedTuple):
-    """What a file or a method holds, in PyTorch's names and layout.
+    """What a file or a method holds, in PyTorch's names and layout, but for heads, which are all called HEAD.
 
     kind: "pretraining", "probe" (backbone and classifier) or "backbone"; encoder, key_encoder: name -> array, without
-    prefix, the latter empty if there is none; queue: (K, C) or None; pointer: the row that is written next.
+    prefix, the latter empty if there is none; queue: (K, C) or None; pointer: the row that is written next; predictor:
+    name -> array, MoCo v3's, or None; heads: of a vision transformer's attention, which no shape tells; 0: a ResNet.
     """
 
     kind: str
@@ -43,6 +47,13 @@ class Checkpoint(NamedTuple):
     key_encoder: dict
     queue: Optional[np.ndarray] = None
     pointer: int = 0
+    predictor: Optional[dict] = None
+    heads: int = 0
+
+    @property
+    def version(self):
+        """Of the MoCo whose files have such a pre-training checkpoint: "v3", or "v1 or v2"."""
+        return "v3" if self.queue is None and _has_norm(self.encoder, HEAD) else "v1 or v2"
 
 
 class Report(NamedTuple):
@@ -70,13 +81,21 @@ class Report(NamedTuple):
 
 
 def named_variables(model):
-    """PyTorch name -> variable, for every weight of a flat model."""
-    return {f"{layer.name}.{SUFFIXES[variable.name.split('/')[-1].split(':')[0]]}": variable
-            for layer in model.layers for variable in layer.weights}
+    """PyTorch name -> variable, for every weight of a functional model, those in layers inside layers included."""
+    owners = {}    # the innermost layer comes last
+    for layer in model.submodules:
+        if isinstance(layer, keras.layers.Layer):
+            owners.update((id(variable), layer) for variable in layer.weights)
+    return {_torch_name(owners[id(variable)], variable): variable for variable in model.weights}
+
+
+def _torch_name(layer, variable):
+    kind = variable.name.split("/")[-1].split(":")[0]
+    return f"{layer.name}.{SUFFIXES[kind]}" if kind in SUFFIXES else kind    # cls_token, pos_embed: timm's own
 
 
 def named_shapes(model):
-    """PyTorch name -> shape in PyTorch's layout, for every weight of a flat model."""
+    """PyTorch name -> shape in PyTorch's layout, for every weight of a functional model."""
     shapes = {name: tuple(variable.shape) for name, variable in named_variables(model).items()}
     return {name: tuple(shape[axis] for axis in AXES_TO_TORCH.get(len(shape), range(len(shape))))
             for name, shape in shapes.items()}
@@ -93,7 +112,7 @@ def state_dict(model, batches=0):
 
 
 def match(model, state):
-    """How a state dict, in PyTorch's names and layout and without prefix, would fit a flat model: a Report."""
+    """How a state dict, in PyTorch's names and layout and without prefix, would fit a functional model: a Report."""
     ours = named_shapes(model)
     theirs = {name: tuple(value.shape) for name, value in state.items() if not name.endswith(COUNTER)}
     both = [name for name in ours if name in theirs]
@@ -105,7 +124,7 @@ def match(model, state):
 
 
 def load_into(model, state, strict=True):
-    """Assigns a state dict, in PyTorch's names and layout and without prefix, to a flat model.
+    """Assigns a state dict, in PyTorch's names and layout and without prefix, to a functional model.
 
     Returns:
         The Report; where it is not complete, what matched is assigned.
@@ -143,49 +162,87 @@ def _transposed(value, axes):
 # ---- checkpoints and what they hold ----------------------------------------------------------------------------
 
 
-def parse(state):
+def parse(state, heads=0):
     """A state dict as read from a file -> Checkpoint.
 
+    Args:
+        state: name -> array.
+        heads: number of attention heads of a vision transformer; 0: by `_heads`, which knows those of the papers.
+
     Raises:
-        DataError: it is of a model that does not exist here, or of none that is known.
+        DataError: it is of a model that does not exist here, or of none that is known, or the number of heads must be
+            given, or cannot be.
     """
+    wrapped = any(name.startswith("module.") for name in state)
     state = {re.sub(r"^module\.", "", name): value for name, value in state.items()}
-    for prefixes, what in FOREIGN.items():
-        if any(name.startswith(prefixes) for name in state):
-            raise DataError(f"The file must be of MoCo v1 or v2, or a ResNet. Received: {what}.")
+    if any(name.startswith(CMC) for name in state):
+        raise DataError(f"The file must be {KNOWN}. Received: a CMC pre-training file.")
     if any(name.startswith("encoder_q.") for name in state):
         queue = state.get("queue")
-        return Checkpoint(
+        checkpoint = Checkpoint(
             "pretraining", _below("encoder_q.", state), _below("encoder_k.", state),
             None if queue is None else np.ascontiguousarray(queue.T), int(np.ravel(state.get("queue_ptr", 0))[0]))
-    if "encoder.module.conv1.weight" in state:    # InsDis of the CMC repository: its memory bank is not in the state
-        return Checkpoint("pretraining", _below("encoder.module.", state), {})
-    if "conv1.weight" not in state:
-        raise DataError("The file must be of MoCo v1 or v2, or a ResNet in torchvision's names. Received: "
-                        f"{len(state)} names such as {', '.join(list(state)[:3]) or '(none)'}.")
-    return Checkpoint("probe" if any(name.startswith(HEAD) for name in state) else "backbone", state, {})
+    elif any(name.startswith("base_encoder.") for name in state):
+        predictor = {name: value for name, value in state.items() if name.startswith(PREDICTOR)}
+        checkpoint = Checkpoint("pretraining", _below("base_encoder.", state), _below("momentum_encoder.", state),
+                                predictor=predictor or None)
+    elif "encoder.module.conv1.weight" in state:    # InsDis of the CMC repository: its memory bank is not in the state
+        checkpoint = Checkpoint("pretraining", _below("encoder.module.", state), {})
+    elif "conv1.weight" in state or "cls_token" in state:
+        probed = any(name.startswith((HEAD, VIT_HEAD)) for name in state)
+        checkpoint = Checkpoint("probe" if probed else "backbone", state, {})
+    else:
+        raise DataError(f"The file must be {KNOWN}. Received: {len(state)} names such as "
+                        f"{', '.join(list(state)[:3]) or '(none)'}.")
+    if "cls_token" not in checkpoint.encoder:
+        if heads:
+            raise DataError(f"Only a vision transformer has attention heads. Received: heads={heads}, and a ResNet.")
+        return checkpoint
+    encoders = [{re.sub(rf"^{VIT_HEAD}", HEAD, name): value for name, value in part.items()}
+                for part in (checkpoint.encoder, checkpoint.key_encoder)]
+    of_moco = wrapped or checkpoint.kind == "pretraining"
+    return checkpoint._replace(encoder=encoders[0], key_encoder=encoders[1],
+                               heads=heads or _heads(checkpoint.encoder["cls_token"].shape[-1], of_moco))
 
 
-FOREIGN = {    # told by how their names begin
-    ("base_encoder.", "momentum_encoder."): "a MoCo v3 pre-training file",
-    ("l_to_ab.", "ab_to_l.", "encoder.module.l_to_ab.", "encoder.l_to_ab."): "a CMC pre-training file",
-    ("cls_token", "patch_embed."): "a vision transformer",
-}
+CMC = ("l_to_ab.", "ab_to_l.", "encoder.module.l_to_ab.", "encoder.l_to_ab.")
+KNOWN = "of MoCo v1, v2 or v3, a ResNet in torchvision's names or a vision transformer in timm's"
+
+
+def _heads(dim, of_moco):
+    """The attention heads of a vision transformer of the papers: no shape tells them, and a wrong number computes other
+    features without an error."""
+    if dim == 768 or (dim == 384 and of_moco):
+        return 12
+    known = "MoCo v3's has 12, DeiT-S 6" if dim == 384 else "MoCo v3's ViT-S and ViT-B have 12, DeiT-Ti has 3"
+    raise DataError("The number of attention heads must be known, which is not in the file, and a wrong one would give "
+                    f"other features without an error. Received: a vision transformer of width {dim}, {known}. "
+                    "Convert it with --heads set.")
 
 
 def _below(prefix, state):
     return {name[len(prefix):]: value for name, value in state.items() if name.startswith(prefix)}
 
 
-def architecture(encoder):
-    """The arguments with which `resnet` and the head build the encoder of a state dict.
+def architecture(checkpoint):
+    """The arguments with which backbone, head and predictor of a checkpoint are built.
 
     Returns:
-        {"backbone": arguments of `resnet`, "head": None or {"name": "linear" or "mlp", ...}}.
+        {"backbone": {"name": one of BACKBONES, ...}, "head": None or {"name": one of HEADS, ...}, "predictor": None or
+        arguments of `heads.predictor`}.
 
     Raises:
-        DataError: the shapes are not of a ResNet that `resnet` builds.
+        DataError: the shapes are of no backbone that is built here.
     """
+    encoder = checkpoint.encoder
+    backbone = _vit_of(encoder, checkpoint.heads) if "cls_token" in encoder else _resnet_of(encoder)
+    predictor = checkpoint.predictor and _normalized_mlp_of(checkpoint.predictor, PREDICTOR)
+    if predictor:
+        predictor["last_bn"] = f"{PREDICTOR}{3 * predictor['layers'] - 2}.running_mean" in checkpoint.predictor
+    return {"backbone": backbone, "head": _head_of(encoder), "predictor": predictor}
+
+
+def _resnet_of(encoder):
     blocks = tuple(len({name.split(".")[1] for name in encoder if name.startswith(f"layer{stage}.")})
                    for stage in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in encoder
@@ -198,69 +255,130 @@ def architecture(encoder):
     except (KeyError, IndexError, StopIteration, ValueError, ZeroDivisionError):
         raise DataError("The file must hold a ResNet-18, 34, 50, 101 or 152 in torchvision's names. "
                         f"Received: names such as {', '.join(list(encoder)[:3])}.") from None
-    backbone = dict(depth=depth, width=planes // 64 if planes % 64 == 0 else planes / 64, groups=groups,
-                    width_per_group=width_per_group, stem="imagenet" if side == 7 else "cifar", channels=channels)
-    widths = [encoder[name].shape[0] for name in sorted(encoder, key=_layer_number)
-              if name.startswith(HEAD) and name.endswith("weight")]
+    return dict(name="resnet", depth=depth, width=planes // 64 if planes % 64 == 0 else planes / 64, groups=groups,
+                width_per_group=width_per_group, stem="imagenet" if side == 7 else "cifar", channels=channels)
+
+
+def _vit_of(encoder, heads):
+    depth = len({name.split(".")[1] for name in encoder if name.startswith("blocks.")})
+    stem = "patch" if "patch_embed.proj.weight" in encoder else "conv"
+    try:
+        _, tokens, dim = encoder["pos_embed"].shape
+        kernel = encoder["patch_embed.proj.weight" if stem == "patch" else "patch_embed.proj.0.weight"]
+        patch = kernel.shape[2] if stem == "patch" else 16
+        ratio = encoder["blocks.0.mlp.fc1.weight"].shape[0] // dim
+    except (KeyError, IndexError, ValueError):
+        raise DataError("The file must hold a vision transformer with class token and position embedding, in timm's "
+                        f"names. Received: names such as {', '.join(list(encoder)[:3])}.") from None
+    if dim % heads:
+        raise DataError(f"The width of a vision transformer must be a multiple of its heads. Received: width {dim}, "
+                        f"{heads} heads.")
+    return dict(name="vit", dim=dim, depth=depth, heads=heads, patch=patch, mlp_ratio=ratio, stem=stem,
+                size=math.isqrt(tokens - 1) * patch, channels=kernel.shape[1])
+
+
+def _head_of(encoder):
+    if _has_norm(encoder, HEAD):
+        return dict(name="projector", **_normalized_mlp_of(encoder, HEAD))
+    widths = _widths(encoder, HEAD)
     if not widths:
-        return {"backbone": backbone, "head": None}
-    head = dict(name="linear" if "fc.weight" in encoder else "mlp", dim=widths[-1])
+        return None
+    head = dict(name="linear" if f"{HEAD}weight" in encoder else "mlp", dim=widths[-1])
     if head["name"] == "mlp":
         head["hidden_dim"] = widths[0] if len(widths) == 2 else tuple(widths[:-1])
-    return {"backbone": backbone, "head": head}
+    return head
+
+
+def _normalized_mlp_of(state, prefix):
+    widths = _widths(state, prefix)
+    return dict(layers=len(widths), hidden_dim=widths[0], dim=widths[-1])
+
+
+def _widths(state, prefix):
+    """Of the linear layers below a prefix, in order."""
+    names = [name for name in state if name.startswith(prefix) and state[name].ndim == 2]
+    return [state[name].shape[0] for name in sorted(names, key=_layer_number)]
+
+
+def _has_norm(state, prefix):
+    return any(name.startswith(prefix) and name.endswith("running_mean") for name in state)
 
 
 def _layer_number(name):
     return int((re.findall(r"\d+", name) or [0])[0])
 
 
+def backbone_model(built):
+    """The backbone of what `architecture` returned."""
+    arguments = dict(built["backbone"])
+    return BACKBONES[arguments.pop("name")](**arguments)
+
+
 def fit(checkpoint):
-    """The Report of the checkpoint's encoders against the very model that `architecture` says they are of."""
-    built = architecture(checkpoint.encoder)
-    with tf.Graph().as_default():    # shapes alone: no memory, no initial values
-        model = resnet(**built["backbone"])
-        if built["head"]:
-            arguments = dict(built["head"])
-            head = HEADS[arguments.pop("name")]
-            model = join(model, lambda features: head(features, **arguments))
-        reports = [match(model, state) for state in (checkpoint.encoder, checkpoint.key_encoder) if state]
+    """The Report of the checkpoint's encoders and predictor against the very models that `architecture` says they are
+    of: the first that is not complete, or the encoder's."""
+    built = architecture(checkpoint)
+    # Not inside a tf.Graph, though shapes are all that is asked for: models made before would not work any more.
+    encoder = backbone_model(built)
+    if built["head"]:
+        arguments = dict(built["head"])
+        head = HEADS[arguments.pop("name")]
+        encoder = join(encoder, lambda features: head(features, **arguments))
+    reports = [match(encoder, state) for state in (checkpoint.encoder, checkpoint.key_encoder) if state]
+    if checkpoint.predictor:
+        reports.append(match(build_predictor(**built["predictor"]), checkpoint.predictor))
     return next((report for report in reports if not report.complete), reports[0])
 
 
 def describe(checkpoint):
     """What the checkpoint is, and the encoder it takes, in one sentence."""
-    built = architecture(checkpoint.encoder)
-    what = {"pretraining": "a MoCo v1 or v2 pre-training checkpoint", "backbone": "a backbone without a head",
+    built = architecture(checkpoint)
+    what = {"pretraining": f"a MoCo {checkpoint.version} pre-training checkpoint",
+            "backbone": "a backbone without a head",
             "probe": "a backbone with a trained classifier, as a linear probe leaves it"}[checkpoint.kind]
-    parts = [f"resnet({_arguments(built['backbone'])})"]
+    parts = [_call(built["backbone"])]
     if built["head"]:
-        parts.append(f"head {_arguments(built['head'])}")
+        parts.append(f"head {_call(built['head'])}")
+    if built["predictor"]:
+        parts.append(_call(dict(name="predictor", **built["predictor"])))
     if checkpoint.kind == "pretraining":
         parts.append("momentum encoder" if checkpoint.key_encoder else "no momentum encoder")
-        parts.append("no queue" if checkpoint.queue is None else f"queue of {len(checkpoint.queue)} keys")
+        if checkpoint.version == "v3":
+            parts += [] if checkpoint.predictor else ["no predictor"]
+        else:
+            parts.append("no queue" if checkpoint.queue is None else f"queue of {len(checkpoint.queue)} keys")
     return f"{what}: {', '.join(parts)}"
 
 
-def _arguments(values):
-    return ", ".join(f"{name}={value}" for name, value in values.items())
+def _call(section):
+    arguments = ", ".join(f"{name}={value}" for name, value in section.items() if name != "name")
+    return f"{section['name']}({arguments})"
 
 
 def checkpoint_of(method):
-    """The Checkpoint of a MoCo method: both encoders, queue and pointer."""
-    batches = int(method.optimizer.iterations.numpy()) if method.optimizer else 0
-    return Checkpoint("pretraining", state_dict(method.encoder, batches), state_dict(method.key_encoder, batches),
-                      method.queue.keys.numpy(), int(method.queue.pointer.numpy()))
+    """The Checkpoint of a MoCo method: both encoders, and the queue and pointer or the predictor."""
+    predictor, queue = (getattr(method, name, None) for name in ("predictor", "queue"))
+    steps = int(method.optimizer.iterations.numpy()) if method.optimizer else 0
+    batches = 2 * steps if predictor else steps    # with a predictor, both views pass through both encoders
+    state = Checkpoint(
+        "pretraining", state_dict(method.encoder, batches), state_dict(method.key_encoder, batches),
+        predictor=state_dict(predictor, batches) if predictor else None,
+        heads=next((layer.heads for layer in method.encoder.layers if isinstance(layer, Block)), 0))
+    if queue is None:
+        return state
+    return state._replace(queue=queue.keys.numpy(), pointer=int(queue.pointer.numpy()))
 
 
 def restore(method, checkpoint, backbone_only=False):
     """Loads a pre-training checkpoint into a MoCo method.
 
-    Where the file has no momentum encoder, the method's becomes a copy of the encoder; where no queue, the queue stays.
+    Where the file has no momentum encoder, the method's becomes a copy of the encoder; where no queue or no predictor,
+    that of the method stays.
 
     Args:
-        method: with `encoder`, `key_encoder` and `queue`.
+        method: with `encoder`, `key_encoder` and, by its kind, `queue` or `predictor`.
         checkpoint: a Checkpoint.
-        backbone_only: start from a backbone, or a probe's: heads and queue stay as they are.
+        backbone_only: start from a backbone, or a probe's: heads, predictor and queue stay as they are.
 
     Returns:
         The Report of the encoder.
@@ -275,17 +393,25 @@ def restore(method, checkpoint, backbone_only=False):
     if checkpoint.kind != "pretraining":
         raise DataError("Pre-training goes on from a pre-training checkpoint. "
                         f"Received: {describe(checkpoint)}. To start from its backbone, ask for the backbone only.")
-    if checkpoint.queue is not None and checkpoint.queue.shape != tuple(method.queue.keys.shape):
+    predictor, queue = (getattr(method, name, None) for name in ("predictor", "queue"))
+    if checkpoint.queue is not None and (queue is None or checkpoint.queue.shape != tuple(queue.keys.shape)):
+        ours = "none" if queue is None else tuple(queue.keys.shape)
         raise DataError("The queue must have as many keys, of as many values, as the method's, "
-                        f"{tuple(method.queue.keys.shape)}. Received: {checkpoint.queue.shape}. "
+                        f"{ours}. Received: {checkpoint.queue.shape}. "
                         "Set method.queue_size and head.dim to the file's.")
-    states = ((method.encoder, checkpoint.encoder), (method.key_encoder, checkpoint.key_encoder or checkpoint.encoder))
+    if checkpoint.predictor and predictor is None:
+        raise DataError("A predictor needs a method that has one, MoCo v3. "
+                        f"Received: {describe(checkpoint)}, for a {type(method).__name__}.")
+    states = [(method.encoder, checkpoint.encoder), (method.key_encoder, checkpoint.key_encoder or checkpoint.encoder)]
+    if checkpoint.predictor:
+        states.append((predictor, checkpoint.predictor))
+    _require_heads(method.encoder, checkpoint)
     for model, state in states:    # all is well before anything changes
         _require(match(model, state))
-    report, _ = [load_into(model, state) for model, state in states]
+    report, *_ = [load_into(model, state) for model, state in states]
     if checkpoint.queue is not None:
-        method.queue.keys.assign(checkpoint.queue)
-        method.queue.pointer.assign(checkpoint.pointer)
+        queue.keys.assign(checkpoint.queue)
+        queue.pointer.assign(checkpoint.pointer)
     return report
 
 
@@ -302,8 +428,17 @@ def load_backbone(backbone, checkpoint, allow_probe=False):
 
 
 def _load_backbone(model, checkpoint):
+    _require_heads(model, checkpoint)
     trunk = keras.Model(model.input, model.get_layer("features").output)
     return load_into(trunk, _headless(checkpoint.encoder))
+
+
+def _require_heads(model, checkpoint):
+    """Shapes agree whatever the number of attention heads, so they are compared on their own."""
+    ours = {layer.heads for layer in model.layers if isinstance(layer, Block)}
+    if ours and checkpoint.heads and ours != {checkpoint.heads}:
+        raise DataError("The attention must have as many heads as that which the weights were trained with. "
+                        f"Received: a model with {ours.pop()}, a file with {checkpoint.heads}.")
 
 
 def _headless(encoder):
@@ -314,9 +449,14 @@ def _headless(encoder):
 
 
 def official(checkpoint):
-    """The state dict of facebookresearch/moco: both encoders, the queue as (C, K), the pointer."""
-    state = {f"module.encoder_q.{name}": value for name, value in checkpoint.encoder.items()}
-    state.update({f"module.encoder_k.{name}": value for name, value in checkpoint.key_encoder.items()})
+    """The state dict of facebookresearch/moco or moco-v3: of pre-training, or of a linear probe on it."""
+    encoder, key_encoder = (_their_head(part, checkpoint) for part in (checkpoint.encoder, checkpoint.key_encoder))
+    if checkpoint.kind == "probe":
+        return _under("module.", encoder)
+    if checkpoint.version == "v3":
+        return {**_under("module.base_encoder.", encoder), **_under("module.momentum_encoder.", key_encoder),
+                **_under("module.", checkpoint.predictor or {})}
+    state = {**_under("module.encoder_q.", encoder), **_under("module.encoder_k.", key_encoder)}
     if checkpoint.queue is not None:
         state["module.queue"] = np.ascontiguousarray(checkpoint.queue.T)
         state["module.queue_ptr"] = np.array([checkpoint.pointer], np.int64)
@@ -326,6 +466,12 @@ def official(checkpoint):
 def torchvision(checkpoint):
     """The state dict of torchvision's ResNet: the backbone, and the classifier where the checkpoint is a probe's."""
     return dict(checkpoint.encoder) if checkpoint.kind == "probe" else _headless(checkpoint.encoder)
+
+
+def deit(checkpoint):
+    """The state dict of timm's and DeiT's vision transformer, as MoCo v3's converter writes it; a probe's keeps its
+    classifier."""
+    return _their_head(torchvision(checkpoint), checkpoint)
 
 
 def detectron2(checkpoint):
@@ -340,69 +486,23 @@ def _detectron2_name(name):
     return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
-LAYOUTS = {"official": official, "torchvision": torchvision, "detectron2": detectron2}
+def _their_head(encoder, checkpoint):
+    theirs = VIT_HEAD if checkpoint.heads else HEAD
+    return {re.sub(rf"^{HEAD}", theirs, name): value for name, value in encoder.items()}
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
-
-TORCH_FILES = (".pth", ".pth.tar", ".pt")
-DETECTRON2_FILE = ".pkl"
-SAFETENSORS_FILE = ".safetensors"
+def _under(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
 
 
-def read_state_dict(path):
-    """The state dict of a .pth, .pth.tar, .pt or .safetensors file, name -> array. Nothing in the file is executed.
-
-    Raises:
-        UsageError: another kind of file, or the package that reads it is missing.
-        DataError: no such file, or it is broken, or would need more than reading.
-    """
-    if not path.endswith(TORCH_FILES + (SAFETENSORS_FILE,)):
-        raise UsageError("Weights are read from .pth, .pth.tar, .pt or .safetensors. "
-                         f"Received: {path}. Rename the file, or convert it first.")
-    if not os.path.isfile(path):
-        raise DataError(f"The file of weights must exist. Received: {path}.")
-    state = _read_safetensors(path) if path.endswith(SAFETENSORS_FILE) else _read_torch(path)
-    if not state:
-        raise DataError(f"The file must hold arrays by name. Received: {path}, with none.")
-    return state
-
-
-def _read_safetensors(path):
-    package = _need("safetensors.numpy")
-    try:
-        return dict(package.load_file(path))
-    except Exception as error:    # a broken file can make the reader fail in any way
-        raise DataError(f"The file must be a whole .safetensors file. Received: {path}: {_line(error)}.") from None
-
-
-def _read_torch(path):
-    torch = _need("torch")
-    try:
-        # CMC's and InsDis' files hold their options in a Namespace: a plain record, which runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:    # a broken file can make the reader fail in any way
-        needs = re.search(r"GLOBAL ([\w.]+\w)|Unsupported (operand \d+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and needs:
-            raise DataError(
-                "A PyTorch file may hold tensors and plain values only, so that reading it runs no code. Received: "
-                f"{path}, which asks for {needs[1] or needs[2]}. Save its state dict alone.") from None
-        raise DataError(f"The file must be a whole PyTorch file. Received: {path}: {_line(error)}.") from None
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise DataError(f"The file must hold a state dict. Received: {path}, with a {type(content).__name__}.")
-    return {name: (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
-            for name, value in content.items() if isinstance(value, torch.Tensor)}
+LAYOUTS = {"official": official, "torchvision": torchvision, "deit": deit, "detectron2": detectron2}
 
 
 def write(path, checkpoint, layout):
     """Writes a checkpoint in one of LAYOUTS; the suffix says the kind of file. No broken file is ever left.
 
-    .pth, .pth.tar and .pt: PyTorch, for "official" with the state dict under "state_dict", as its own files have it;
-    .safetensors: arrays; .pkl: "detectron2" only.
+    .pth, .pth.tar and .pt: PyTorch, for "official" with the state dict under "state_dict" and for "deit" under "model",
+    as their own files have it; .safetensors: arrays; .pkl: "detectron2" only.
 
     Raises:
         UsageError: unknown layout, or a suffix or checkpoint that does not go with it; a package is missing.
@@ -410,35 +510,32 @@ def write(path, checkpoint, layout):
     """
     if layout not in LAYOUTS:
         raise UsageError(f"The layout must be one of {', '.join(LAYOUTS)}. Received: {layout!r}.")
-    if layout == "official" and checkpoint.kind != "pretraining":
-        raise UsageError("The official layout is that of pre-training. "
-                         f"Received: {describe(checkpoint)}. Use layout torchvision or detectron2.")
-    suffixes = (DETECTRON2_FILE,) if layout == "detectron2" else TORCH_FILES + (SAFETENSORS_FILE,)
+    suffixes = (PICKLE_FILE,) if layout == "detectron2" else TORCH_FILES + (SAFETENSORS_FILE,)
     if not path.endswith(suffixes):
         raise UsageError(f"A file in layout {layout} must end in {' or '.join(suffixes)}. Received: {path}.")
-    partial = f"{path}.{os.getpid()}.partial"
-    try:
-        with open(partial, "wb") as file:
-            _write_content(file, path, checkpoint, layout)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:    # PyTorch turns a full disk into a RuntimeError
-        raise DataError(f"The target must be writable. Received: {path}: {_line(error)}.") from None
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    if layout not in _layouts_of(checkpoint):
+        raise UsageError(f"The layout {layout} does not go with every checkpoint. Received: {describe(checkpoint)}. "
+                         f"Use {' or '.join(_layouts_of(checkpoint))}.")
+    wrap = {"official": lambda state: {"arch": _name(checkpoint), "state_dict": state},
+            "torchvision": dict,
+            "deit": lambda state: {"model": state},
+            "detectron2": lambda state: {"model": state, "__author__": "MOCO", "matching_heuristics": True}}
+    write_state_dict(path, LAYOUTS[layout](checkpoint), wrap[layout])
 
 
-def _write_content(file, path, checkpoint, layout):
-    state = {name: np.array(value, order="C") for name, value in LAYOUTS[layout](checkpoint).items()}
-    if layout == "detectron2":
-        pickle.dump({"model": state, "__author__": "MOCO", "matching_heuristics": True}, file)
-    elif path.endswith(SAFETENSORS_FILE):
-        file.write(_need("safetensors.numpy").save(state, metadata={"format": "pt"}))
-    else:
-        torch = _need("torch")
-        tensors = {name: torch.from_numpy(value) for name, value in state.items()}
-        arch = f"resnet{architecture(checkpoint.encoder)['backbone']['depth']}"
-        torch.save({"arch": arch, "state_dict": tensors} if layout == "official" else tensors, file)
+def _layouts_of(checkpoint):
+    """The layouts in which a checkpoint can be written."""
+    return [*(["official"] if checkpoint.kind != "backbone" else []),
+            *(["deit"] if checkpoint.heads else ["torchvision", "detectron2"])]
+
+
+def _name(checkpoint):
+    """What the references call the architecture."""
+    backbone = architecture(checkpoint)["backbone"]
+    if backbone["name"] == "resnet":
+        return f"resnet{backbone['depth']}"
+    sizes = {name: partial.keywords for name, partial in BACKBONES.items() if name.startswith("vit_")}
+    return next((name for name, size in sizes.items() if {**backbone, "stem": "patch", **size} == backbone), "vit")
 
 
 def convert(source, target, layout):
@@ -448,7 +545,7 @@ def convert(source, target, layout):
         (checkpoint, report): what went through, and how it fits the model that it is of.
 
     Raises:
-        UsageError, DataError: as `read_state_dict`, `parse` and `write`; names or shapes of no whole ResNet.
+        UsageError, DataError: as `read_state_dict`, `parse` and `write`; names or shapes of no whole model.
     """
     checkpoint = parse(read_state_dict(source))
     report = fit(checkpoint)
@@ -468,12 +565,12 @@ def difference_from_torchvision(model, checkpoint):
         The difference on a fixed batch of two images; None where torch or torchvision is not installed, or torchvision
         has no such network (other widths, other stems).
     """
-    arguments = architecture(checkpoint.encoder)["backbone"]
+    arguments = architecture(checkpoint)["backbone"]
     try:
         torch, resnets = importlib.import_module("torch"), importlib.import_module("torchvision.models.resnet")
     except ImportError:
         return None
-    if (arguments["width"], arguments["stem"], arguments["channels"]) != (1, "imagenet", 3):
+    if [arguments.get(key) for key in ("name", "width", "stem", "channels")] != ["resnet", 1, "imagenet", 3]:
         return None
     block = resnets.Bottleneck if arguments["depth"] >= 50 else resnets.BasicBlock
     network = resnets.ResNet(block, list(BLOCKS[arguments["depth"]]), groups=arguments["groups"],
@@ -486,16 +583,3 @@ def difference_from_torchvision(model, checkpoint):
         theirs = network.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
     ours = keras.Model(model.input, model.get_layer("features").output)(images, training=False).numpy()
     return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
-
-
-def _need(module):
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.split(".")[0]
-        raise UsageError(f"This kind of file needs the package {package}, which is not installed. "
-                         "Install it: pip install moco_tf[torch]") from None
-
-
-def _line(error):
-    return f"{type(error).__name__} {str(error).strip()}".splitlines()[0].rstrip(". ")

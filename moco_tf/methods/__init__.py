@@ -1,5 +1,6 @@
 """Methods by name."""
 
 from moco_tf.methods.moco import MoCo
+from moco_tf.methods.moco_v3 import MoCoV3
 
-METHODS = {"moco": MoCo}
+METHODS = {"moco": MoCo, "moco_v3": MoCoV3}

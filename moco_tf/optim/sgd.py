@@ -20,7 +20,7 @@ class SGD(keras.optimizers.Optimizer):
     """
 
     def __init__(self, learning_rate, momentum=0.9, weight_decay=0.0, nesterov=False, name="SGD"):
-        super().__init__(name=name, jit_compile=False)
+        super().__init__(name=name, weight_decay=None, jit_compile=False)    # None: Keras adds none of its own
         self._learning_rate = self._build_learning_rate(learning_rate)
         self.momentum, self.decay, self.nesterov = momentum, weight_decay, nesterov
 

@@ -29,6 +29,12 @@ def uniform(seed, shape):
     return tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.uint32)), tf.float32) * 2.0 ** -24
 
 
+def normal(seed, shape):
+    """Standard normal float32 numbers, a function of `seed`, (2,) int32 (Box and Muller, 1958)."""
+    radius, turn = tf.unstack(uniform(seed, [2, *shape]))
+    return tf.sqrt(-2.0 * tf.math.log(1.0 - radius)) * tf.cos(2.0 * math.pi * turn)
+
+
 def split(seed, count):
     """`count` independent seeds, (count, 2), from one."""
     return tf.random.split(seed, count, alg="philox")
@@ -48,8 +54,8 @@ def to_image(planes):
 
 
 def nearest(x):
-    """Rounds to whole levels. Halves go up, and so does what rounding errors put just below a half."""
-    return tf.floor(x + (0.5 + 2.0 ** -12))
+    """Rounds to whole levels 0..255. Halves go up, and so does what rounding errors put just below a half."""
+    return tf.clip_by_value(tf.floor(x + (0.5 + 2.0 ** -12)), 0.0, 255.0)
 
 
 # --- geometry ---
@@ -62,40 +68,56 @@ Pixels `low` to `low + length` of the input take part (int32); the centre of out
 """
 
 
+def tries_of(numbers):
+    """The first 20 of (..., n) numbers as ten pairs, (..., 10, 2)."""
+    return tf.reshape(numbers[..., :20], tf.concat([tf.shape(numbers)[:-1], [10, 2]], 0))
+
+
+def first_fit(fits, values, otherwise):
+    """The first of `values`, (..., n), where `fits`; `otherwise` where none does."""
+    order = tf.range(fits.shape[-1], dtype=tf.int32)
+    first = tf.reduce_min(tf.where(fits, order, fits.shape[-1]), -1, keepdims=True)
+    found = tf.reduce_sum(tf.where(order == first, values, 0.0), -1)
+    return tf.where(tf.reduce_any(fits, -1), found, otherwise)
+
+
+def sides_of(numbers, height, width, scale, ratio):
+    """Sides of boxes: their area uniform, their aspect uniform on a log scale.
+
+    Args:
+        numbers: (..., 2) uniform in [0, 1).
+        height, width: of the image, float32.
+        scale: (least, most) area of the box, as a fraction of the image's.
+        ratio: (least, most) width / height.
+
+    Returns:
+        heights, widths: (...,) whole float32 numbers, which need not fit into the image.
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * numbers[..., 0])
+    aspect = tf.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * numbers[..., 1])
+    return tf.round(tf.sqrt(area / aspect)), tf.round(tf.sqrt(area * aspect))
+
+
 def crop_box(numbers, height, width, scale, ratio=(3 / 4, 4 / 3)):
     """Boxes of torchvision's RandomResizedCrop: the first of several tries that fits, else the largest centred one.
 
     Args:
         numbers: (..., 22) uniform in [0, 1): ten tries of area and aspect, then the position.
         height, width: of the image, integers.
-        scale: (least, most) area of the box, as a fraction of the image's.
-        ratio: (least, most) width / height, drawn uniformly on a log scale.
+        scale, ratio: as in `sides_of`.
 
     Returns:
         top, left, height, width: (...,) int32 each.
     """
-    tries = tf.reshape(numbers[..., :20], tf.concat([tf.shape(numbers)[:-1], [10, 2]], 0))
     image_height, image_width = tf.cast(height, tf.float32), tf.cast(width, tf.float32)
-    area = image_height * image_width * (scale[0] + (scale[1] - scale[0]) * tries[..., 0])
-    aspect = tf.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * tries[..., 1])
-    widths, heights = tf.round(tf.sqrt(area * aspect)), tf.round(tf.sqrt(area / aspect))
+    heights, widths = sides_of(tries_of(numbers), image_height, image_width, scale, ratio)
     fits = (widths > 0) & (widths <= image_width) & (heights > 0) & (heights <= image_height)
-    # The fallback joins the end of the list of tries, where it always fits.
-    last_width = tf.minimum(image_width, tf.round(image_height * ratio[1]))
-    last_height = tf.minimum(image_height, tf.round(image_width / ratio[0]))
-    order = tf.range(11, dtype=tf.int32)
-    always = tf.ones_like(fits[..., :1])
-    first = tf.reduce_min(tf.where(tf.concat([fits, always], -1), order, 11), -1, keepdims=True)
-
-    def chosen(values, last):
-        values = tf.concat([values, tf.zeros_like(values[..., :1]) + last], -1)
-        return tf.reduce_sum(tf.where(order == first, values, 0.0), -1)
-
-    box_height, box_width = chosen(heights, last_height), chosen(widths, last_width)
+    box_height = first_fit(fits, heights, tf.minimum(image_height, tf.round(image_width / ratio[0])))
+    box_width = first_fit(fits, widths, tf.minimum(image_width, tf.round(image_height * ratio[1])))
     room_above, room_left = image_height - box_height, image_width - box_width
-    centred = first[..., 0] == 10
-    top = tf.where(centred, tf.floor(room_above / 2), tf.floor(numbers[..., 20] * (room_above + 1)))
-    left = tf.where(centred, tf.floor(room_left / 2), tf.floor(numbers[..., 21] * (room_left + 1)))
+    drawn = tf.reduce_any(fits, -1)
+    top = tf.where(drawn, tf.floor(numbers[..., 20] * (room_above + 1)), tf.floor(room_above / 2))
+    left = tf.where(drawn, tf.floor(numbers[..., 21] * (room_left + 1)), tf.floor(room_left / 2))
     return tuple(tf.cast(x, tf.int32) for x in (top, left, box_height, box_width))
 
 
@@ -129,13 +151,31 @@ def central_crop(size, shorter_side):
     return frame
 
 
-def filter_weights(frame, size, pixels):
-    """The antialiased bilinear filter: a triangle, widened when shrinking, of sum 1 within the frame.
+def triangle(distance):
+    return tf.nn.relu(1.0 - distance)
+
+
+def cubic(distance):
+    """Keys' kernel with a = -1/2."""
+    near = (1.5 * distance - 2.5) * distance * distance + 1.0
+    far = ((2.5 - 0.5 * distance) * distance - 4.0) * distance + 2.0
+    return tf.where(distance < 1.0, near, tf.where(distance < 2.0, far, 0.0))
+
+
+Filter = collections.namedtuple("Filter", "kernel radius")
+Filter.__doc__ = """An interpolation: distances in pixels to weights, and the distance at which these end."""
+
+FILTERS = {"bilinear": Filter(triangle, 1.0), "bicubic": Filter(cubic, 2.0)}
+
+
+def filter_weights(frame, size, pixels, kernel):
+    """An antialiased filter: widened when shrinking, of sum 1 within the frame.
 
     Args:
         frame: a Frame.
         size: side of the output.
         pixels: (2, size, taps) or (2, 1, taps) int32, pixels to weigh for each output pixel, counted from `frame.low`.
+        kernel: distances to weights.
 
     Returns:
         (2, size, taps) float32, 0 for pixels outside the frame.
@@ -143,32 +183,37 @@ def filter_weights(frame, size, pixels):
     start, scale, length = frame.start[:, None], frame.scale[:, None], frame.length[:, None, None]
     centres = start + (tf.range(size, dtype=tf.float32) + 0.5) * scale
     distance = tf.abs(tf.cast(pixels, tf.float32) + 0.5 - centres[:, :, None])
-    weights = tf.nn.relu(1.0 - distance / tf.maximum(scale, 1.0)[:, :, None])
+    weights = kernel(distance / tf.maximum(scale, 1.0)[:, :, None])
     weights = tf.where((pixels >= 0) & (pixels < length), weights, 0.0)
     return weights / tf.reduce_sum(weights, -1, keepdims=True)
 
 
-def resample(image, frame, size):
-    """Antialiased bilinear resize of a part of an image of any shape, on the host.
+def resample(image, frame, size, interpolation="bilinear"):
+    """Antialiased resize of a part of an image of any shape, on the host.
 
     Only a few pixels have a weight in each output pixel, so the filter is sparse: half the time of `tf.image.resize`
     with antialias, for the same numbers.
+
+    The bicubic filter overshoots beside edges, so that it matters what Pillow does between its two passes: it resizes
+    along rows first, and cuts and rounds to whole levels. Without that, single pixels come out up to 30 levels off.
 
     Args:
         image: (H, W, 3) uint8.
         frame: the part, and how it is scaled.
         size: side of the output.
+        interpolation: of FILTERS.
 
     Returns:
         (size, size, 3) float32, columns before rows.
     """
     top, left = tf.unstack(frame.low)
     height, width = tf.unstack(frame.length)
-    radius = tf.maximum(frame.scale, 1.0)[:, None]
+    kernel, radius = FILTERS[interpolation]
+    radius *= tf.maximum(frame.scale, 1.0)[:, None]
     centres = frame.start[:, None] + (tf.range(size, dtype=tf.float32) + 0.5) * frame.scale[:, None]
     taps = tf.range(tf.cast(tf.math.ceil(2.0 * tf.reduce_max(radius)), tf.int32) + 1)
     pixels = tf.cast(tf.floor(centres - radius), tf.int32)[:, :, None] + taps
-    weights = tf.reshape(filter_weights(frame, size, pixels), [2, -1])
+    weights = tf.reshape(filter_weights(frame, size, pixels, kernel), [2, -1])
     inputs = tf.reshape(tf.clip_by_value(pixels, 0, frame.length[:, None, None] - 1), [2, -1])
     outputs = tf.repeat(tf.range(size), tf.size(taps))
     places = tf.cast(tf.stack([tf.stack([outputs, outputs]), inputs], -1), tf.int64)
@@ -177,14 +222,20 @@ def resample(image, frame, size):
         sparse = tf.SparseTensor(places[axis], weights[axis], tf.cast([size, length], tf.int64))
         return tf.sparse.sparse_dense_matmul(sparse, lines)
 
-    part = tf.cast(image[top:top + height, left:left + width], tf.float32)
-    part = product(0, height, tf.reshape(part, [height, width * 3]))
+    part = image[top:top + height, left:left + width]
+    if interpolation == "bicubic":
+        part = tf.cast(tf.transpose(part, [1, 0, 2]), tf.float32)
+        part = nearest(product(1, width, tf.reshape(part, [width, height * 3])))
+        part = tf.transpose(tf.reshape(part, [size, height, 3]), [1, 0, 2])
+        part = product(0, height, tf.reshape(part, [height, size * 3]))
+        return tf.transpose(tf.reshape(part, [size, size, 3]), [1, 0, 2])
+    part = product(0, height, tf.reshape(tf.cast(part, tf.float32), [height, width * 3]))
     part = tf.transpose(tf.reshape(part, [size, width, 3]), [1, 0, 2])
     part = product(1, width, tf.reshape(part, [width, size * 3]))
     return tf.reshape(part, [size, size, 3])
 
 
-def resample_planes(image, frame, size):
+def resample_planes(image, frame, size, interpolation="bilinear"):
     """As `resample`, for a static image shape, by full matrices: XLA can compile it. For small images.
 
     Returns:
@@ -192,11 +243,17 @@ def resample_planes(image, frame, size):
     """
     height, width, _ = image.shape
     side = max(height, width)
-    weights = filter_weights(frame, size, tf.range(side) - frame.low[:, None, None])
-    part = tf.reshape(tf.cast(image, tf.float32), [height, width * 3])
-    part = tf.matmul(weights[0, :, :height], part)
+    weights = filter_weights(frame, size, tf.range(side) - frame.low[:, None, None], FILTERS[interpolation].kernel)
+    over_rows, over_columns = weights[0, :, :height], weights[1, :, :width]
+    part = tf.cast(image, tf.float32)
+    if interpolation == "bicubic":
+        part = tf.reshape(tf.transpose(part, [0, 2, 1]), [height * 3, width])
+        part = nearest(tf.matmul(part, over_columns, transpose_b=True))
+        part = tf.matmul(over_rows, tf.reshape(part, [height, 3 * size]))
+        return tf.transpose(tf.reshape(part, [size, 3, size]), [1, 0, 2])
+    part = tf.matmul(over_rows, tf.reshape(part, [height, width * 3]))
     part = tf.transpose(tf.reshape(part, [size, width, 3]), [2, 0, 1])
-    part = tf.matmul(tf.reshape(part, [3 * size, width]), weights[1, :, :width], transpose_b=True)
+    part = tf.matmul(tf.reshape(part, [3 * size, width]), over_columns, transpose_b=True)
     return tf.reshape(part, [3, size, size])
 
 
@@ -216,7 +273,7 @@ def grayscale(planes, levels=True):
     return tf.zeros_like(planes) + grey(planes, levels)
 
 
-def _blend(planes, other, factor, levels):
+def blend(planes, other, factor, levels=True):
     """Pillow's Image.blend, which truncates: `other` at factor 0, `planes` at 1, and beyond."""
     mixed = tf.clip_by_value(other + factor * (planes - other), 0.0, 255.0)
     return tf.floor(mixed) if levels else mixed
@@ -224,18 +281,18 @@ def _blend(planes, other, factor, levels):
 
 def brightness(planes, factor, levels=True):
     """Scales all levels by `factor`."""
-    return _blend(planes, 0.0, factor, levels)
+    return blend(planes, 0.0, factor, levels)
 
 
 def contrast(planes, factor, levels=True):
     """Scales the distance of all levels from the mean luma by `factor`."""
     mean = tf.reduce_mean(grey(planes, levels))
-    return _blend(planes, tf.floor(mean + 0.5) if levels else mean, factor, levels)
+    return blend(planes, tf.floor(mean + 0.5) if levels else mean, factor, levels)
 
 
 def saturation(planes, factor, levels=True):
     """Scales the distance of every pixel from its luma by `factor`."""
-    return _blend(planes, grey(planes, levels), factor, levels)
+    return blend(planes, grey(planes, levels), factor, levels)
 
 
 def hue(planes, turn, levels=True):
@@ -382,6 +439,10 @@ def random_grayscale(probability):
 
 def random_flip(probability):
     return _sometimes(probability, lambda planes, _: flip(planes))
+
+
+def random_solarize(probability):
+    return _sometimes(probability, lambda planes, _: solarize(planes))
 
 
 def random_blur(sigma, probability=1.0):

@@ -8,7 +8,8 @@ All randomness is a function of the seed.
 
 import tensorflow as tf
 
-from moco_tf.views import ops
+from moco_tf.errors import UsageError
+from moco_tf.views import ops, randaugment
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 FASHION_MNIST = dict(mean=(0.286,) * 3, std=(0.353,) * 3)
@@ -23,16 +24,22 @@ class View:
         crop: (shape, seed) -> Frame; `ops.random_crop` or `ops.central_crop`.
         stages: (planes, seed) -> planes each.
         xla: whether XLA compiles the stages. Without it they take several times as long and give the same levels.
+        interpolation: of the resize, "bilinear" or "bicubic", antialiased.
+
+    Raises:
+        UsageError: another interpolation.
     """
 
-    def __init__(self, size, crop, stages=(), xla=True):
-        self.size, self.crop, self.stages = size, crop, tuple(stages)
+    def __init__(self, size, crop, stages=(), xla=True, interpolation="bilinear"):
+        if interpolation not in ops.FILTERS:
+            raise UsageError(f"An interpolation must be one of {', '.join(ops.FILTERS)}. Received: {interpolation!r}.")
+        self.size, self.crop, self.stages, self.interpolation = size, crop, tuple(stages), interpolation
         self._finish = tf.function(self._of_columns, jit_compile=xla)
 
     def __call__(self, image, seed):
         """(H, W, 3) uint8 of any size, (2,) int32 -> (size, size, 3) uint8."""
         frame = self.crop(tf.shape(image)[:2], self._seeds(seed)[0])
-        return self._finish(ops.resample(image, frame, self.size), seed)
+        return self._finish(ops.resample(image, frame, self.size, self.interpolation), seed)
 
     def _of_columns(self, columns, seed):
         return self._run(tf.transpose(columns, [2, 1, 0]), seed)
@@ -40,7 +47,7 @@ class View:
     def of_shape(self, image, seed):
         """As a call, in operations that XLA can compile because `image` has a static shape."""
         frame = self.crop(tf.constant(list(image.shape[:2])), self._seeds(seed)[0])
-        return self._run(ops.resample_planes(image, frame, self.size), seed)
+        return self._run(ops.resample_planes(image, frame, self.size, self.interpolation), seed)
 
     def _run(self, planes, seed):
         planes = ops.nearest(planes)
@@ -126,13 +133,31 @@ def cifar(size=32, crop_min=0.08, xla=True):
     return _alike(view, CIFAR, xla)
 
 
-def quickstart(size=28, crop_min=0.2, brightness=0.4, contrast=0.4, jitter=0.8, blur=0.0, flip=0.5, xla=True):
-    """For small grey images, which have no saturation and no hue; `jitter`, `blur` and `flip` are probabilities."""
+def moco_v3(size=224, crop_min=0.08, xla=True):
+    """MoCo v3 (arXiv:2104.02057, and its code): two unlike views, after BYOL, each both query and key."""
+    def view(*unlike):
+        return View(size, ops.random_crop(size, (crop_min, 1.0)), [
+            ops.random_jitter(0.4, 0.4, 0.2, 0.1, probability=0.8),
+            ops.random_grayscale(0.2),
+            *unlike,
+            ops.random_flip(0.5)], xla)
+
+    return Recipe({"view_1": view(ops.random_blur((0.1, 2.0), probability=1.0)),
+                   "view_2": view(ops.random_blur((0.1, 2.0), probability=0.1), ops.random_solarize(0.2))},
+                  **IMAGENET, xla=xla)
+
+
+def quickstart(size=28, crop_min=0.2, brightness=0.4, contrast=0.4, jitter=0.8, blur=0.0, flip=0.5,
+               names=("query", "key"), xla=True):
+    """For small grey images, which have no saturation and no hue; `jitter`, `blur` and `flip` are probabilities.
+
+    `names` are those that the method knows its two views by: ("view_1", "view_2") for MoCo v3.
+    """
     view = View(size, ops.random_crop(size, (crop_min, 1.0)), [
         ops.random_jitter(brightness, contrast, probability=jitter),
         ops.random_blur((0.1, 2.0), probability=blur),
         ops.random_flip(flip)], xla)
-    return _alike(view, FASHION_MNIST, xla)
+    return Recipe(dict.fromkeys(names, view), **FASHION_MNIST, xla=xla)
 
 
 def train_linear(size=224, crop_min=0.08, xla=True):
@@ -141,16 +166,32 @@ def train_linear(size=224, crop_min=0.08, xla=True):
     return Recipe({"image": view}, **IMAGENET, xla=xla)
 
 
-def evaluation(size=224, shorter_side=None, xla=True):
+def transfer(size=224, crop_min=0.05, xla=True):
+    """Fine-tuning on small data sets (MoCo v3's transfer, arXiv:2104.02057, and its code): crop and flip."""
+    return train_linear(size, crop_min, xla)
+
+
+def deit(size=224, crop_min=0.08, xla=True):
+    """Training a vision transformer end to end (DeiT, arXiv:2012.12877, table 9, and its code, which leaves out its
+    colour jitter beside RandAugment). Erasing and mixing follow on the device: `views/mixture.py`."""
+    view = View(size, ops.random_crop(size, (crop_min, 1.0)), [
+        ops.random_flip(0.5),
+        randaugment.random_augment(count=2, probability=0.5, magnitude=9.0, deviation=0.5, fill=(124, 116, 104)),
+    ], xla, "bicubic")
+    return Recipe({"image": view}, **IMAGENET, xla=xla)
+
+
+def evaluation(size=224, shorter_side=None, interpolation="bilinear", xla=True):
     """Resize to `shorter_side` (256/224 of the size; the size itself leaves small images whole), then centre crop.
 
-    The seed is not used. Normalise with the constants of the recipe that the encoder was trained with.
+    DeiT's `interpolation` is "bicubic", all others' "bilinear". The seed is not used. Normalise with the constants of
+    the recipe that the encoder was trained with.
     """
     crop = ops.central_crop(size, shorter_side or size * 256 // 224)
-    return Recipe({"image": View(size, crop, (), xla)}, **IMAGENET, xla=xla)
+    return Recipe({"image": View(size, crop, (), xla, interpolation)}, **IMAGENET, xla=xla)
 
 
 RECIPES = {
-    "moco_v1": moco_v1, "moco_v2": moco_v2, "insdis": insdis, "cifar": cifar, "quickstart": quickstart,
-    "train_linear": train_linear, "eval": evaluation,
+    "moco_v1": moco_v1, "moco_v2": moco_v2, "moco_v3": moco_v3, "insdis": insdis, "cifar": cifar,
+    "quickstart": quickstart, "train_linear": train_linear, "transfer": transfer, "deit": deit, "eval": evaluation,
 }

@@ -158,3 +158,45 @@ def test_evaluation_marks_what_fills_up_the_last_batch_and_what_cannot_be_read(f
     assert [len(part[1]) for part in parts] == [32, 32, 32]
     np.testing.assert_array_equal(index, np.arange(79))
     np.testing.assert_array_equal(label, np.arange(79) // 40)
+
+
+def labelled(source, per_epoch, count, **options):
+    dataset = training_batches(source, RECIPES["train_linear"](size=8, xla=False), BATCH, per_epoch, seed=5, labels=True,
+                               **options)
+    return list(dataset.take(count * options.get("replicas", 1)).as_numpy_iterator())
+
+
+def test_the_last_batch_of_a_pass_is_filled_up_with_rows_that_do_not_count(folder):
+    source = source_of("folder", folder)    # 80 images: three batches of 24, and 8 left
+    batches = labelled(source, 4, 8)
+    for epoch in (batches[:4], batches[4:]):
+        counted = np.concatenate([batch["index"][batch["weight"] > 0] for batch in epoch])
+        assert sorted(counted) == list(range(80))
+        np.testing.assert_array_equal(epoch[0]["weight"], np.ones(BATCH, np.float32))
+        np.testing.assert_array_equal(epoch[3]["weight"], [3.0] * 8 + [0.0] * 16)    # 24 / 8: the mean over real rows
+    assert set(batches[0]) == {"image", "index", "label", "weight"}
+    np.testing.assert_array_equal(batches[0]["label"], batches[0]["index"] // 40)
+    for first in (2, 3, 5):
+        for resumed, whole in zip(labelled(source, 4, 8 - first, first_step=first), batches[first:]):
+            for name, value in whole.items():
+                np.testing.assert_array_equal(resumed[name], value)
+
+
+def test_repeated_augmentation_draws_each_image_three_times_in_a_row(folder):
+    source = source_of("folder", folder)
+    batches = labelled(source, 3, 6, repeats=3)
+    for epoch in (batches[:3], batches[3:]):
+        index = np.concatenate([batch["index"] for batch in epoch]).reshape(-1, 3)
+        assert (index == index[:, :1]).all() and len(set(index[:, 0])) == 24
+        images = np.concatenate([batch["image"] for batch in epoch]).reshape(24, 3, -1)
+        assert (images[:, 0] != images[:, 1]).any(axis=1).all()    # each time another view
+    resumed = labelled(source, 3, 4, repeats=3, first_step=2)
+    for ours, whole in zip(resumed, batches[2:]):
+        np.testing.assert_array_equal(ours["image"], whole["image"])
+
+
+def test_a_label_outside_the_range_stops_the_pipeline(folder):
+    source = source_of("folder", folder)
+    source.num_classes = 1
+    with pytest.raises(tf.errors.InvalidArgumentError, match="labels must be from 0 to"):
+        labelled(source, 3, 1)

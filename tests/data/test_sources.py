@@ -444,3 +444,15 @@ def test_holdout_leaves_both_parts_something(photos, packed):
     assert split_holdout(open_source("folder", photos), .001)[1].size == 1
     with pytest.raises(UsageError, match="random access.*Records"):
         split_holdout(open_source("records", packed), .1)
+
+
+def test_a_fraction_has_the_same_share_of_each_class():
+    source = sources.open_source("embedded")
+    part = sources.fraction_of(source, 0.01)
+    assert part.size == 100 and part.class_names == source.class_names
+    np.testing.assert_array_equal(np.bincount(part.labels(), minlength=10), np.round(np.bincount(source.labels()) * 0.01))
+    again = sources.fraction_of(source, 0.01)
+    np.testing.assert_array_equal(part.labels(), again.labels())
+    assert part.describe(3) == again.describe(3)
+    with pytest.raises(UsageError, match="at most 1"):
+        sources.fraction_of(source, 1.5)

@@ -14,10 +14,12 @@ import safetensors.numpy
 import torch
 
 from moco_tf.backbones.resnet import BLOCKS, resnet
+from moco_tf.backbones.vit import vit
 from moco_tf.errors import DataError
 from moco_tf.export import torch_weights
-from moco_tf.heads import encoder, linear, mlp
+from moco_tf.heads import encoder, linear, mlp, predictor, projector
 from moco_tf.methods.moco import MoCo
+from moco_tf.methods.moco_v3 import MoCoV3
 
 pytestmark = pytest.mark.torch
 
@@ -76,10 +78,7 @@ class ResNet(torch.nn.Module):
 
 def network(depth, **arguments):
     model = ResNet("basic" if depth < 50 else "bottleneck", BLOCKS[depth], **arguments)
-    generator = torch.Generator().manual_seed(0)
-    for name, value in model.state_dict().items():    # statistics and biases too: (0, 1) would hide a mix-up
-        if value.dtype == torch.float32 and value.ndim == 1:
-            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    spread(model)
     return model
 
 
@@ -96,6 +95,96 @@ class Official(torch.nn.Module):
             setattr(self, name, encoder)
         self.register_buffer("queue", torch.randn(dim, queue_size))
         self.register_buffer("queue_ptr", torch.full((1,), 4, dtype=torch.long))
+
+
+class TransformerBlock(torch.nn.Module):
+    """A pre-norm block with the attributes of timm's."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (torch.nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
+        self.attn = torch.nn.ModuleDict({"qkv": torch.nn.Linear(dim, 3 * dim), "proj": torch.nn.Linear(dim, dim)})
+        self.mlp = torch.nn.ModuleDict({"fc1": torch.nn.Linear(dim, 4 * dim), "fc2": torch.nn.Linear(4 * dim, dim)})
+
+    def forward(self, x):
+        batch, tokens, dim = x.shape
+        qkv = self.attn["qkv"](self.norm1(x)).reshape(batch, tokens, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        x = x + self.attn["proj"](attended)
+        return x + self.mlp["fc2"](torch.nn.functional.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class VisionTransformer(torch.nn.Module):
+    """The network of the papers, called like timm's; `stem`: "patch" or MoCo v3's "conv"."""
+
+    def __init__(self, dim, depth, heads, patch=16, size=64, stem="patch", head=None):
+        super().__init__()
+        self.cls_token = torch.nn.Parameter(torch.randn(1, 1, dim))
+        self.pos_embed = torch.nn.Parameter(torch.randn(1, 1 + (size // patch) ** 2, dim))
+        self.patch_embed = torch.nn.Module()
+        if stem == "patch":
+            self.patch_embed.proj = torch.nn.Conv2d(3, dim, patch, patch)
+        else:
+            widths = [3, dim // 8, dim // 4, dim // 2, dim]
+            parts = [part for inputs, outputs in zip(widths, widths[1:]) for part in (
+                torch.nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), torch.nn.BatchNorm2d(outputs), torch.nn.ReLU())]
+            self.patch_embed.proj = torch.nn.Sequential(*parts, torch.nn.Conv2d(dim, dim, 1))
+        self.blocks = torch.nn.Sequential(*(TransformerBlock(dim, heads) for _ in range(depth)))
+        self.norm = torch.nn.LayerNorm(dim, eps=1e-6)
+        if head:
+            self.head = head
+
+    def forward(self, x):
+        patches = self.patch_embed.proj(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), patches], dim=1) + self.pos_embed
+        x = self.norm(self.blocks(x))[:, 0]
+        return self.head(x) if hasattr(self, "head") else x
+
+
+def normalized_mlp(widths, last_norm=True):
+    """Linear layers without bias, BatchNorm behind each, the last one's without weight and bias."""
+    parts = []
+    for i, (inputs, outputs) in enumerate(zip(widths, widths[1:])):
+        last = i == len(widths) - 2
+        parts.append(torch.nn.Linear(inputs, outputs, bias=False))
+        parts += [torch.nn.BatchNorm1d(outputs, affine=not last)] if last_norm or not last else []
+        parts += [] if last else [torch.nn.ReLU()]
+    return torch.nn.Sequential(*parts)
+
+
+class OfficialV3(torch.nn.Module):
+    """The attributes of facebookresearch/moco-v3's models, on a small transformer or a ResNet-18."""
+
+    def __init__(self, family):
+        super().__init__()
+        for name in ("base_encoder", "momentum_encoder"):
+            if family == "resnet":
+                encoder = network(18)
+                encoder.fc = normalized_mlp([512, 32, 16])
+            else:
+                encoder = VisionTransformer(48, 2, 3, stem=family, head=normalized_mlp([48, 32, 32, 16]))
+            setattr(self, name, encoder)
+        self.predictor = normalized_mlp([16, 32, 16], last_norm=family != "resnet")
+        spread(self)
+
+
+def spread(module):
+    """Gives vectors and statistics values of their own: (0, 1) would hide a mix-up."""
+    generator = torch.Generator().manual_seed(0)
+    for value in module.state_dict().values():
+        if value.dtype == torch.float32 and value.ndim == 1:
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+
+
+def method_v3(family):
+    if family == "resnet":
+        backbone, layers = resnet(depth=18, size=64), 2
+    else:
+        backbone, layers = vit(dim=48, depth=2, heads=3, size=64, stem=family), 3
+    return MoCoV3(encoder(backbone, lambda x: projector(x, layers=layers, hidden_dim=32, dim=16)),
+                  predictor(dim=16, hidden_dim=32, last_bn=family != "resnet"), temperature=0.2, momentum=0.9)
 
 
 def method(depth=18, head=linear, size=64):
@@ -144,6 +233,76 @@ def test_official_files_come_in_and_go_out(tmp_path, head, legacy):
     fresh.load_state_dict({name[len("module."):]: value for name, value in state.items()}, strict=True)
     for name, value in theirs.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], value), name
+
+
+def pixels(size=64):
+    return np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
+
+
+def output_of(module, images):
+    with torch.no_grad():
+        return module.eval()(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+
+
+@pytest.mark.parametrize("family", ["patch", "conv", "resnet"])
+def test_official_v3_files_come_in_compute_the_same_and_go_out(tmp_path, family):
+    torch.manual_seed(0)
+    theirs, ours = OfficialV3(family), method_v3(family)
+    source = save(tmp_path / "in.pth.tar", theirs)
+    checkpoint = torch_weights.parse(torch_weights.read_state_dict(source), heads=0 if family == "resnet" else 3)
+    assert torch_weights.fit(checkpoint).complete
+    torch_weights.restore(ours, checkpoint)
+    for ours_is, theirs_is in ((ours.encoder, theirs.base_encoder), (ours.key_encoder, theirs.momentum_encoder)):
+        embedding, expected = ours_is(pixels()), output_of(theirs_is, pixels())
+        np.testing.assert_allclose(embedding, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    with torch.no_grad():
+        expected = theirs.predictor.eval()(torch.from_numpy(expected)).numpy()
+    np.testing.assert_allclose(ours.predictor(embedding), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+    target = str(tmp_path / "out.pth.tar")
+    torch_weights.write(target, torch_weights.checkpoint_of(ours), "official")
+    fresh = OfficialV3(family)
+    content = torch.load(target, weights_only=True)
+    assert content["arch"] == ("resnet18" if family == "resnet" else "vit")
+    fresh.load_state_dict({name[len("module."):]: value for name, value in content["state_dict"].items()}, strict=True)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value), name
+
+
+def test_a_deit_file_with_its_options_comes_in_and_goes_out(tmp_path):
+    torch.manual_seed(0)
+    theirs = VisionTransformer(48, 2, 6, patch=8, head=torch.nn.Linear(48, 10))
+    source, target = str(tmp_path / "checkpoint.pth"), str(tmp_path / "out.pth")
+    torch.save({"model": theirs.state_dict(), "args": argparse.Namespace(lr=1e-3), "epoch": 299, "scaler": {}}, source)
+    checkpoint = torch_weights.parse(torch_weights.read_state_dict(source), heads=6)
+    assert checkpoint.kind == "probe" and torch_weights.fit(checkpoint).complete
+    ours = vit(dim=48, depth=2, heads=6, patch=8, size=64)
+    torch_weights.load_backbone(ours, checkpoint, allow_probe=True)
+    classify, theirs.head = theirs.head, torch.nn.Identity()
+    expected = output_of(theirs, pixels())
+    np.testing.assert_allclose(ours(pixels()), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    torch_weights.write(target, checkpoint, "deit")
+    theirs.head = classify
+    content = torch.load(target, weights_only=True)
+    assert list(content) == ["model"]
+    fresh = VisionTransformer(48, 2, 6, patch=8, head=torch.nn.Linear(48, 10))
+    fresh.load_state_dict(content["model"], strict=True)
+    assert torch.equal(fresh.head.weight, classify.weight)
+
+
+def test_a_linear_probe_of_v3_comes_in(tmp_path):
+    probe = VisionTransformer(48, 2, 3, head=torch.nn.Linear(48, 10))
+    checkpoint = torch_weights.parse(torch_weights.read_state_dict(save(tmp_path / "in.pth.tar", probe)), heads=3)
+    assert checkpoint.kind == "probe"
+    torch_weights.write(str(tmp_path / "out.pth.tar"), checkpoint, "official")
+    state = torch.load(str(tmp_path / "out.pth.tar"), weights_only=True)["state_dict"]
+    probe.load_state_dict({name[len("module."):]: value for name, value in state.items()}, strict=True)
+
+
+def test_vision_transformers_are_not_compared_with_torchvision():
+    model = vit(dim=48, depth=1, heads=3, size=64)
+    checkpoint = torch_weights.parse(torch_weights.state_dict(model), heads=3)
+    assert torch_weights.difference_from_torchvision(model, checkpoint) is None
 
 
 @pytest.mark.parametrize("layout, target", [

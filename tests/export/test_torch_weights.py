@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from moco_tf.backbones import BACKBONES
 from moco_tf.backbones.resnet import resnet
+from moco_tf.backbones.vit import vit
 from moco_tf.errors import DataError, UsageError
 from moco_tf.export import torch_weights
 from moco_tf.export.torch_weights import Checkpoint
-from moco_tf.heads import encoder, linear, mlp
+from moco_tf.heads import encoder, linear, mlp, predictor, projector
 from moco_tf.methods.moco import MoCo
+from moco_tf.methods.moco_v3 import MoCoV3
 
 keras = tf.keras
 
@@ -29,6 +32,28 @@ def small_method(queue_size=24, **arguments):
         variable.assign(random.uniform(0.5, 1.5, variable.shape))
     method.queue.pointer.assign(16)
     return method
+
+
+def small_v3(family="vit", **arguments):
+    """MoCo v3 on either family, its projector of two layers; no two weights alike."""
+    if family == "vit":
+        backbone = vit(**{**dict(dim=24, depth=2, heads=3, patch=8, size=16), **arguments})
+    else:
+        backbone = resnet(**{**dict(depth=18, width=0.125, size=32), **arguments})
+    method = MoCoV3(encoder(backbone, lambda features: projector(features, hidden_dim=16, dim=8)),
+                    predictor(dim=8, hidden_dim=16, last_bn=family == "vit"), temperature=0.2, momentum=0.99)
+    random = np.random.default_rng(0)
+    for variable in method.variables:
+        if variable.shape.rank:
+            variable.assign(random.uniform(0.5, 1.5, variable.shape))
+    return method
+
+
+def shapes_of(model):
+    """The state dict of a model of a Graph, of zeros without memory, counters included."""
+    state = {name: np.broadcast_to(0, shape) for name, shape in torch_weights.named_shapes(model).items()}
+    counters = [name.replace("running_var", "num_batches_tracked") for name in state if name.endswith("running_var")]
+    return {**state, **{name: np.array(0) for name in counters}}
 
 
 def equal(ours, theirs):
@@ -93,6 +118,168 @@ def test_a_file_without_momentum_encoder_and_queue_is_enough():
     for ours in (target.encoder, target.key_encoder):
         equal(torch_weights.state_dict(ours), torch_weights.state_dict(source.encoder))
     np.testing.assert_array_equal(target.queue.keys, queue)
+
+
+@pytest.mark.parametrize("name, layers, per_encoder, in_predictor", [
+    ("resnet", 2, 328, 7), ("vit_base", 3, 166, 10), ("vit_conv_small", 3, 178, 10)])
+def test_the_official_layout_of_v3_has_the_names_of_its_files(name, layers, per_encoder, in_predictor):
+    with tf.Graph().as_default():
+        model = encoder(BACKBONES[name](), lambda features: projector(features, layers=layers))
+        parts = shapes_of(model), shapes_of(predictor(last_bn=name != "resnet"))
+    checkpoint = Checkpoint("pretraining", parts[0], parts[0], predictor=parts[1], heads=0 if name == "resnet" else 12)
+    shapes = {name: value.shape for name, value in torch_weights.official(checkpoint).items()}
+    assert len(shapes) == 2 * per_encoder + in_predictor
+    some = {"predictor.0.weight": (4096, 256), "predictor.1.running_var": (4096,), "predictor.3.weight": (256, 4096)}
+    if name == "resnet":
+        some.update({"base_encoder.fc.0.weight": (4096, 2048), "momentum_encoder.fc.4.running_mean": (256,)})
+    else:
+        dim = shapes["module.base_encoder.cls_token"][-1]
+        some.update({
+            "predictor.4.num_batches_tracked": (), "base_encoder.head.0.weight": (4096, dim),
+            "base_encoder.head.6.weight": (256, 4096), "momentum_encoder.head.7.running_var": (256,),
+            "momentum_encoder.pos_embed": (1, 197, dim), "base_encoder.blocks.10.attn.qkv.weight": (3 * dim, dim),
+            "base_encoder.blocks.0.mlp.fc1.bias": (4 * dim,), "base_encoder.norm.weight": (dim,)})
+        some.update({"base_encoder.patch_embed.proj.9.weight": (dim, dim // 2, 3, 3),
+                     "base_encoder.patch_embed.proj.12.bias": (dim,)} if "conv" in name else
+                    {"base_encoder.patch_embed.proj.weight": (dim, 3, 16, 16)})
+    assert {key: shapes[f"module.{key}"] for key in some} == some
+    assert not any(key.endswith(("fc.4.weight", "head.7.weight", "predictor.4.weight")) for key in shapes)
+
+
+@pytest.mark.parametrize("family, arguments", [
+    ("vit", {}), ("vit", dict(stem="conv", patch=16)), ("vit", dict(freeze_patch=True)), ("resnet", {})])
+def test_v3_to_official_layout_and_back_is_bit_identical(family, arguments):
+    source, target = small_v3(family, **arguments), small_v3(family, **arguments)
+    for variable in target.variables:
+        variable.assign(tf.zeros_like(variable))
+    state = torch_weights.official(torch_weights.checkpoint_of(source))
+    torch_weights.restore(target, torch_weights.parse(state, heads=3 if family == "vit" else 0))
+    for part in ("encoder", "key_encoder", "predictor"):
+        for ours, theirs in zip(getattr(target, part).variables, getattr(source, part).variables):
+            np.testing.assert_array_equal(ours, theirs, err_msg=ours.name)
+    equal(torch_weights.official(torch_weights.checkpoint_of(target)), state)
+
+
+def test_a_v3_file_without_momentum_encoder_and_predictor_is_enough():
+    source, target = small_v3(), small_v3()
+    before = target.predictor.get_weights()
+    checkpoint = torch_weights.checkpoint_of(source)._replace(key_encoder={}, predictor=None)
+    read = torch_weights.parse(torch_weights.official(checkpoint), heads=3)
+    assert "MoCo v3" in torch_weights.describe(read) and "no predictor" in torch_weights.describe(read)
+    torch_weights.restore(target, read)
+    for ours in (target.encoder, target.key_encoder):
+        equal(torch_weights.state_dict(ours), torch_weights.state_dict(source.encoder))
+    for value, expected in zip(target.predictor.get_weights(), before):
+        np.testing.assert_array_equal(value, expected)
+
+
+def test_a_vision_transformer_with_a_queue_goes_through_the_layout_of_v1_and_v2():
+    def method():
+        return MoCo(encoder(vit(dim=24, depth=1, heads=3, patch=8, size=16), lambda x: linear(x, dim=8)), dim=8,
+                    queue_size=24, temperature=0.2, momentum=0.9)
+
+    source, target = method(), method()
+    state = torch_weights.official(torch_weights.checkpoint_of(source))
+    assert "module.encoder_q.head.weight" in state and "module.queue" in state
+    torch_weights.restore(target, torch_weights.parse(state, heads=3))
+    for ours, theirs in zip(target.encoder.variables, source.encoder.variables):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_files_of_one_version_are_not_for_the_other():
+    v2, v3 = small_method(head=mlp), small_v3("resnet")
+    with pytest.raises(DataError, match="queue.*method's, none"):
+        torch_weights.restore(v3, torch_weights.checkpoint_of(v2))
+    with pytest.raises(DataError, match="predictor.*MoCo v3.*for a MoCo"):
+        torch_weights.restore(v2, torch_weights.checkpoint_of(v3))
+
+
+def transformer(dim, prefix="", **others):
+    """Of a state dict what tells its kind."""
+    return {f"{prefix}cls_token": np.zeros((1, 1, dim)), **others}
+
+
+@pytest.mark.parametrize("state, heads, expected", [
+    (transformer(384, "module.base_encoder."), 0, 12), (transformer(768, "module.base_encoder."), 0, 12),
+    (transformer(384, "module."), 0, 12),    # MoCo v3's linear probe
+    (transformer(768), 0, 12), (transformer(384), 6, 6), (transformer(192), 3, 3)])
+def test_attention_heads_are_those_of_the_papers_or_as_told(state, heads, expected):
+    assert torch_weights.parse(state, heads).heads == expected
+
+
+@pytest.mark.parametrize("state, message", [
+    (transformer(384), "width 384, MoCo v3's has 12, DeiT-S 6.*--heads"),
+    (transformer(192, "module.base_encoder."), "width 192.*--heads"), (transformer(192), "DeiT-Ti has 3")])
+def test_attention_heads_are_not_guessed(state, message):
+    with pytest.raises(DataError, match=message) as caught:
+        torch_weights.parse(state)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_numbers_of_heads_are_refused():
+    checkpoint = torch_weights.checkpoint_of(small_v3())
+    with pytest.raises(DataError, match="width 24, 5 heads"):
+        torch_weights.describe(checkpoint._replace(heads=5))
+    with pytest.raises(DataError, match="a model with 3, a file with 4"):
+        torch_weights.restore(small_v3(), checkpoint._replace(heads=4))
+    with pytest.raises(DataError, match="a model with 3, a file with 4"):
+        torch_weights.load_backbone(small_v3().encoder, checkpoint._replace(heads=4))
+    with pytest.raises(DataError, match="heads=12, and a ResNet"):
+        torch_weights.parse({"conv1.weight": np.zeros((64, 3, 7, 7))}, heads=12)
+
+
+def test_the_deit_layout_is_the_backbone_of_a_vision_transformer_with_the_classifier_where_there_is_one():
+    checkpoint = torch_weights.checkpoint_of(small_v3())
+    state = torch_weights.deit(checkpoint)
+    assert not any(name.startswith(("head.", "fc.")) for name in state)
+    backbone = vit(dim=24, depth=2, heads=3, patch=8, size=16)
+    torch_weights.load_backbone(backbone, torch_weights.parse(state, heads=3))
+    equal(torch_weights.state_dict(backbone), state)
+    probed = {**{f"module.{name}": value for name, value in state.items()},
+              "module.head.weight": np.zeros((10, 24)), "module.head.bias": np.zeros(10)}
+    probe = torch_weights.parse(probed, heads=3)
+    assert probe.kind == "probe" and torch_weights.deit(probe)["head.weight"].shape == (10, 24)
+    equal(torch_weights.official(probe), probed)
+
+
+@pytest.mark.parametrize("family, layout, message", [
+    ("vit", "torchvision", "Use official or deit"), ("vit", "detectron2", "Use official or deit"),
+    ("resnet", "deit", "Use official or torchvision or detectron2")])
+def test_layouts_of_another_family_are_refused(tmp_path, family, layout, message):
+    path = str(tmp_path / ("w.pkl" if layout == "detectron2" else "w.pth"))
+    with pytest.raises(UsageError, match=f"{layout} does not go.*MoCo v3.*{message}"):
+        torch_weights.write(path, torch_weights.checkpoint_of(small_v3(family)), layout)
+
+
+def test_the_official_layout_is_not_for_a_bare_backbone(tmp_path):
+    checkpoint = torch_weights.parse(torch_weights.state_dict(resnet(depth=18, width=0.125, size=32)))
+    with pytest.raises(UsageError, match="without a head.*Use torchvision or detectron2"):
+        torch_weights.write(str(tmp_path / "w.pth"), checkpoint, "official")
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda c: c.encoder.pop("blocks.1.attn.qkv.bias"), "blocks.1.attn.qkv.bias"),
+    (lambda c: c.predictor.pop("predictor.1.bias"), "predictor.1.bias"),
+    (lambda c: c.key_encoder.pop("pos_embed"), "pos_embed")])
+def test_what_is_missing_in_a_v3_file_is_found(spoil, message):
+    checkpoint = torch_weights.checkpoint_of(small_v3())
+    assert torch_weights.fit(checkpoint).complete
+    spoil(checkpoint)
+    assert torch_weights.fit(checkpoint).missing == [message]
+
+
+def test_a_broken_vision_transformer_has_no_architecture():
+    with pytest.raises(DataError, match="class token and position embedding"):
+        torch_weights.architecture(Checkpoint("backbone", {"cls_token": np.zeros((1, 1, 768))}, {}, heads=12))
+
+
+def test_v3_counts_two_batches_a_step():
+    method = small_v3()
+    method.compile(optimizer="sgd")
+    method.optimizer.iterations.assign(7)
+    state = torch_weights.official(torch_weights.checkpoint_of(method))
+    for name in ("predictor.1", "base_encoder.head.1", "momentum_encoder.head.4"):
+        assert state[f"module.{name}.num_batches_tracked"] == 14
 
 
 def test_the_counter_of_batches_is_the_step():
@@ -188,9 +375,7 @@ def test_starting_from_a_backbone_leaves_heads_and_queue():
 
 
 @pytest.mark.parametrize("names, message", [
-    (["module.base_encoder.conv1.weight"], "MoCo v3"), (["encoder.module.l_to_ab.conv1.weight"], "CMC"),
-    (["cls_token"], "vision transformer"),
-    (["a", "b"], "2 names such as a, b")])
+    (["encoder.module.l_to_ab.conv1.weight"], "CMC"), (["a", "b"], "2 names such as a, b")])
 def test_other_models_are_named(names, message):
     with pytest.raises(DataError, match=message):
         torch_weights.parse({name: np.zeros(1) for name in names})
@@ -205,22 +390,41 @@ def test_the_architecture_is_read_off_the_shapes(arguments):
         shapes = torch_weights.named_shapes(resnet(**arguments))
     state = {name: np.broadcast_to(0, shape) for name, shape in shapes.items()}
     full = dict(width=1, groups=1, width_per_group=64, stem="imagenet", channels=3)
-    assert torch_weights.architecture(state) == {"backbone": {**full, **arguments}, "head": None}
+    assert torch_weights.architecture(Checkpoint("backbone", state, {})) == {
+        "backbone": {"name": "resnet", **full, **arguments}, "head": None, "predictor": None}
+
+
+@pytest.mark.parametrize("name, size", [
+    ("vit_small", dict(size=96)), ("vit_conv_base", dict(channels=1)),
+    ("vit", dict(dim=24, depth=3, heads=12, patch=4, size=32, mlp_ratio=2))])
+def test_the_architecture_of_a_vision_transformer_is_read_off_the_shapes(name, size):
+    with tf.Graph().as_default():
+        model = BACKBONES[name](**size)
+        state = shapes_of(model)
+        read = torch_weights.architecture(Checkpoint("backbone", state, {}, heads=12))
+        again = torch_weights.backbone_model(read)
+        assert torch_weights.named_shapes(again) == torch_weights.named_shapes(model)
+    assert [layer.heads for layer in again.layers if hasattr(layer, "heads")] == [12] * read["backbone"]["depth"]
+    assert again.input_shape == model.input_shape
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet"])
+def test_projector_and_predictor_are_read_off_the_shapes(family):
+    built = torch_weights.architecture(torch_weights.checkpoint_of(small_v3(family)))
+    assert built["head"] == dict(name="projector", layers=2, hidden_dim=16, dim=8)
+    assert built["predictor"] == dict(layers=2, hidden_dim=16, dim=8, last_bn=family == "vit")
 
 
 def test_the_head_is_read_off_the_shapes():
     def deep(features, dim):
         return mlp(features, dim, hidden_dim=(32, 32, 16, 16, 16, 16))    # fc.10 and fc.12 must come after fc.2
 
-    heads = [torch_weights.architecture(torch_weights.state_dict(small_encoder(head)))["head"]
-             for head in (linear, mlp, deep)]
+    states = [torch_weights.state_dict(small_encoder(head)) for head in (linear, mlp, deep)]
+    heads = [torch_weights.architecture(Checkpoint("pretraining", state, {}))["head"] for state in states]
     assert heads == [dict(name="linear", dim=8), dict(name="mlp", dim=8, hidden_dim=64),
                      dict(name="mlp", dim=8, hidden_dim=(32, 32, 16, 16, 16, 16))]
 
 
-def test_the_official_layout_is_for_pretraining_only(tmp_path):
-    with pytest.raises(UsageError, match="pre-training.*classifier"):
-        torch_weights.write(str(tmp_path / "w.pth"), probe(), "official")
 
 
 def test_a_checkpoint_fits_the_model_that_it_is_of():
@@ -233,13 +437,13 @@ def test_a_checkpoint_fits_the_model_that_it_is_of():
 
 def test_a_description_names_kind_encoder_and_queue():
     sentence = torch_weights.describe(torch_weights.checkpoint_of(small_method()))
-    for part in ("pre-training", "depth=18", "width=0.125", "name=linear, dim=8", "momentum encoder", "24 keys"):
+    for part in ("pre-training", "depth=18", "width=0.125", "linear(dim=8)", "momentum encoder", "24 keys"):
         assert part in sentence
 
 
 def test_no_resnet_has_no_architecture():
     with pytest.raises(DataError, match="ResNet-18, 34, 50"):
-        torch_weights.architecture({"conv1.weight": np.zeros((64, 3, 11, 11))})
+        torch_weights.architecture(Checkpoint("backbone", {"conv1.weight": np.zeros((64, 3, 11, 11))}, {}))
 
 
 def test_detectron2_names_and_file(tmp_path):
@@ -267,7 +471,7 @@ def test_torchvisions_layout_has_a_classifier_only_where_there_is_one():
 
 
 @pytest.mark.parametrize("path, layout, message", [
-    ("w.pth", "keras", "official, torchvision, detectron2"), ("w.pkl", "torchvision", r"must end in \.pth"),
+    ("w.pth", "keras", "official, torchvision, deit, detectron2"), ("w.pkl", "torchvision", r"must end in \.pth"),
     ("w.pth", "detectron2", r"must end in \.pkl")])
 def test_wrong_layouts_and_suffixes_are_refused(tmp_path, path, layout, message):
     with pytest.raises(UsageError, match=message):

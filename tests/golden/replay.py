@@ -7,6 +7,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 
 import numpy as np
 import tensorflow as tf
@@ -14,7 +15,7 @@ import tensorflow as tf
 from moco_tf.backbones import BACKBONES
 from moco_tf.backbones.resnet import BLOCKS
 from moco_tf.export.torch_weights import load_into, state_dict
-from moco_tf.heads import HEADS, encoder
+from moco_tf.heads import HEADS, encoder, predictor
 
 from . import weights
 
@@ -64,15 +65,15 @@ def cases(kind, supported=lambda settings: True):
 
 
 def has_encoder(settings):
-    """Whether the project has the encoder: an RGB ResNet of even width, without a head or with linear layers and ReLU.
+    """Whether the project has the encoder: RGB, a ResNet of even width or a vision transformer, without a head or with
+    one of the heads of MoCo.
 
-    CMC's encoders, InsDis's wide one (whose stem keeps its width), MoCo v3's heads with BatchNorm and the vision transformers are not here yet.
+    CMC's encoders and InsDis's wide one (whose stem keeps its width) are not here yet.
     """
-    backbone, head = settings["backbone"], settings["head"]
-    return (settings["method"] in (None, "moco", "moco_v1", "moco_v2", "insdis") and settings.get("predictor") is None
-            and backbone["family"] in BACKBONES and backbone["stem_channels"] == 64 * backbone["width_multiplier"]
-            and len(settings["branches"]) == 1
-            and (head is None or all(module["type"] in ("linear", "relu") for module in head["modules"])))
+    backbone = settings["backbone"]
+    return (settings["method"] in (None, "moco", "moco_v1", "moco_v2", "moco_v3", "insdis")
+            and backbone["family"] in BACKBONES and len(settings["branches"]) == 1
+            and backbone.get("stem_channels") in (None, 64 * backbone.get("width_multiplier", 1)))
 
 
 @contextlib.contextmanager
@@ -95,23 +96,61 @@ def strategy_of(replicas):
                                           cross_device_ops=tf.distribute.ReductionToOneDevice())
 
 
-def build_encoder(settings, bn_group_size=None):
-    """The encoder of a run, or its backbone where it has no head, with the weights of the rule."""
-    backbone = settings["backbone"]
-    depth = next(depth for depth, blocks in BLOCKS.items()
-                 if list(blocks) == backbone["layers"] and (depth >= 50) == (backbone["block"] == "bottleneck"))
-    model = BACKBONES[backbone["family"]](
-        depth=depth, width=backbone["width_multiplier"], groups=backbone["groups"],
-        width_per_group=backbone["width_per_group"], bn_group_size=bn_group_size, size=settings["image_size"],
-        channels=len(settings["branches"][0]["channels"]))
+def build_encoder(settings, bn_group_size=None, positions=None):
+    """The encoder of a run, or its backbone where it has no head, with the weights of the rule.
+
+    `positions`: the reference's position embedding for a vision transformer, (1 + patches, D); None: our own.
+    """
+    model = _backbone(settings, bn_group_size)
     head = settings["head"]
     if head:
-        arguments = dict(dim=head["dims"][-1])
-        if head["kind"] == "mlp":
-            arguments.update(hidden_dim=tuple(head["dims"][1:-1]))
-        model = encoder(model, lambda features: HEADS[head["kind"]](features, **arguments))
-    state = {name: weights.param(name, value.shape, settings["seed"]) for name, value in state_dict(model).items()}
-    load_into(model, state)
+        model = encoder(model, lambda features: _head(features, head, bn_group_size))
+    if positions is not None:
+        model.get_layer("tokens").pos_embed.assign(positions[None])
+    # MoCo v3 calls a ResNet's projector `fc`, a transformer's `head`; here it is `fc` in both.
+    head_name = head["modules"][0]["name"].split(".")[0] if head else "fc"
+    return _with_weights(model, settings, lambda name: re.sub(r"^fc\b", head_name, name))
+
+
+def build_predictor(settings, bn_group_size=None):
+    """The predictor of a MoCo v3 run with the weights of the rule."""
+    layers = settings["predictor"]
+    model = predictor(**_projector_arguments(layers), last_bn=layers["output_bn"], bn_group_size=bn_group_size)
+    return _with_weights(model, settings)
+
+
+def _backbone(settings, bn_group_size):
+    backbone = settings["backbone"]
+    common = dict(bn_group_size=bn_group_size, size=settings["image_size"],
+                  channels=len(settings["branches"][0]["channels"]))
+    if backbone["family"] == "vit":
+        return BACKBONES["vit"](
+            dim=backbone["embed_dim"], depth=backbone["depth"], heads=backbone["num_heads"],
+            patch=backbone["patch_size"], mlp_ratio=backbone["mlp_ratio"], stem=backbone["stem"],
+            freeze_patch=backbone["stop_grad_conv1"], **common)
+    depth = next(depth for depth, blocks in BLOCKS.items()
+                 if list(blocks) == backbone["layers"] and (depth >= 50) == (backbone["block"] == "bottleneck"))
+    return BACKBONES["resnet"](depth=depth, width=backbone["width_multiplier"], groups=backbone["groups"],
+                               width_per_group=backbone["width_per_group"], **common)
+
+
+def _head(features, head, bn_group_size):
+    if head["hidden_bn"]:
+        return HEADS["projector"](features, **_projector_arguments(head), bn_group_size=bn_group_size)
+    hidden = dict(hidden_dim=tuple(head["dims"][1:-1])) if head["kind"] == "mlp" else {}
+    return HEADS[head["kind"]](features, dim=head["dims"][-1], **hidden)
+
+
+def _projector_arguments(layers):
+    return dict(layers=len(layers["dims"]) - 1, hidden_dim=layers["dims"][1], dim=layers["dims"][-1])
+
+
+def _with_weights(model, settings, rule_name=lambda name: name):
+    """The model with the rule's weights, but for the position embedding, which the rule does not draw."""
+    state = {name: weights.param(rule_name(name), value.shape, settings["seed"])
+             for name, value in state_dict(model).items() if name != "pos_embed"}
+    report = load_into(model, state, strict=False)
+    assert set(report.missing) <= {"pos_embed"} and not report.unexpected and not report.misshapen
     return model
 
 

@@ -1,47 +1,32 @@
-"""Augmentation against torchvision and Pillow: every photo and crop statistic of the golden files."""
+"""Augmentation against torchvision, Pillow and timm: every photo, mixture and statistic of the golden files."""
 
-import glob
-import json
-import os
+import zlib
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from moco_tf.views import ops
+from moco_tf.views import mixture, ops
 
-FOLDER = os.environ.get("MOCO_TF_GOLDEN", os.path.dirname(__file__))
+from . import weights
+from .replay import runs
+
 LETTERS = {"b": "brightness", "c": "contrast", "s": "saturation", "h": "hue"}
 
 
-def runs(kind):
-    """(file, run) of every run of a kind."""
-    found = []
-    for path in sorted(glob.glob(os.path.join(FOLDER, "*.npz"))):
-        with np.load(path) as arrays:
-            for key in arrays.files:
-                if key.endswith("/settings") and json.loads(str(arrays[key]))["kind"] == kind:
-                    found.append((path, key[:-len("/settings")]))
-    return found
+def planes_of(photo):
+    return ops.to_planes(tf.constant(photo["rgb"]))
 
 
-class Run:
-    """The arrays and settings of one run."""
-
-    def __init__(self, path, name):
-        self.arrays, self.name = np.load(path), name
-        self.settings = json.loads(str(self["settings"]))
-
-    def __getitem__(self, key):
-        return self.arrays[f"{self.name}/{key}"]
-
-    def planes(self):
-        return ops.to_planes(tf.constant(self["rgb"]))
+def of_runs(kind):
+    """The arguments of `pytest.fixture`: every run of a kind."""
+    found = runs(kind)
+    return dict(params=found, ids=[run.id for run in found])
 
 
-@pytest.fixture(params=runs("photo"), ids=lambda run: run[1])
+@pytest.fixture(**of_runs("photo"))
 def photo(request):
-    return Run(*request.param)
+    return request.param
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "xla"])
@@ -67,8 +52,8 @@ def test_single_adjustments(photo, compiled):
         tensor = compiled(lambda planes, factor, operation=operation: operation(planes, factor, levels=False))
         for i, factor in enumerate(factors["values"]):
             factor = tf.constant(factor, tf.float32)
-            within(error(levels(photo.planes(), factor), photo[f"pil/{key}"][i]), tolerance["pil_levels"][key])
-            assert (error(tensor(photo.planes(), factor), photo[f"tensor/{key}"][i], 255.0).max()
+            within(error(levels(planes_of(photo), factor), photo[f"pil/{key}"][i]), tolerance["pil_levels"][key])
+            assert (error(tensor(planes_of(photo), factor), photo[f"tensor/{key}"][i], 255.0).max()
                     <= tolerance["tensor"].get(key, tolerance["tensor"]["all"]))
 
 
@@ -79,14 +64,14 @@ def test_jitter_in_every_order(photo, compiled):
     for number, factors in enumerate(photo.settings["jitter_sets"]):
         factors = tf.constant([factors[name] for name in names], tf.float32)
         for i, order in enumerate(orders):
-            within(error(jitter(photo.planes(), factors, tf.constant(order)), photo[f"pil/jitter{number}"][i]),
+            within(error(jitter(planes_of(photo), factors, tf.constant(order)), photo[f"pil/jitter{number}"][i]),
                    tolerance["pil_levels"]["jitter"])
-        tensor = ops.jitter(photo.planes(), names, factors, tf.constant(orders[0]), levels=False)
+        tensor = ops.jitter(planes_of(photo), names, factors, tf.constant(orders[0]), levels=False)
         assert error(tensor, photo[f"tensor/jitter{number}_order0"], 255.0).max() <= tolerance["tensor"]["jitter"]
 
 
 def test_grey_flip_and_solarize(photo):
-    tolerance, planes = photo.settings["tolerance"], photo.planes()
+    tolerance, planes = photo.settings["tolerance"], planes_of(photo)
     within(error(ops.grayscale(planes), photo["pil/gray3"]), tolerance["pil_levels"]["gray3"])
     assert (error(ops.grayscale(planes, levels=False), photo["tensor/gray3"], 255.0).max()
             <= tolerance["tensor"]["all"])
@@ -101,7 +86,7 @@ def test_blur(photo, compiled):
     bounds = photo.settings["tolerance"]["pil_levels"]["blur"]
     blur = compiled(ops.blur)
     for case in photo.settings["blur"]:
-        within(error(blur(photo.planes(), tf.constant(case["sigma"], tf.float32)), photo[f"pil/{case['key']}"]),
+        within(error(blur(planes_of(photo), tf.constant(case["sigma"], tf.float32)), photo[f"pil/{case['key']}"]),
                {"mean": bounds["mean"], "max": bounds["max_interior"]})
 
 
@@ -111,10 +96,13 @@ def test_resized_crops(photo):
     for i, (top, left, height, width) in enumerate(crops["boxes_ijhw"]):
         frame = ops.Frame(tf.constant([top, left]), tf.constant([height, width]), tf.zeros([2]),
                           tf.constant([height / size, width / size]))
-        for planes in (tf.transpose(ops.resample(image, frame, size), [2, 1, 0]),
-                       ops.resample_planes(image, frame, size)):
-            assert error(planes, photo["tensor/resized_crop"][i], 1.0).max() <= 255.0 * tolerance["tensor"]["all"]
-            within(error(ops.nearest(planes), photo["pil/resized_crop"][i]), tolerance["pil_levels"]["resized_crop"])
+        for key, interpolation in crops["filters"].items():
+            for planes in (tf.transpose(ops.resample(image, frame, size, interpolation), [2, 1, 0]),
+                           ops.resample_planes(image, frame, size, interpolation)):
+                within(error(ops.nearest(planes), photo[f"pil/{key}"][i]), tolerance["pil_levels"]["resized_crop"])
+                if f"tensor/{key}" in photo.keys("tensor/"):
+                    assert (error(planes, photo[f"tensor/{key}"][i], 1.0).max()
+                            <= 255.0 * tolerance["tensor"]["all"])
 
 
 def test_validation_crop(photo):
@@ -131,23 +119,87 @@ def test_normalize(photo):
                                atol=photo.settings["tolerance"]["tensor"]["all"])
 
 
-@pytest.mark.parametrize("path, name", runs("crop_statistics"), ids=lambda value: os.path.basename(str(value)))
-def test_crop_statistics(path, name):
-    run = Run(path, name)
-    settings, tolerance = run.settings, run.settings["tolerance"]
+def rows(values, settings):
+    """Mean, standard deviation and the quantiles of the settings."""
+    return [np.mean(values), np.std(values)] + [np.quantile(values, q) for q in settings["rows"][2:]]
+
+
+@pytest.fixture(**of_runs("crop_statistics"))
+def crop_run(request):
+    return request.param
+
+
+def test_crop_statistics(crop_run):
+    settings, tolerance = crop_run.settings, crop_run.settings["tolerance"]
     height, width = settings["height"], settings["width"]
     numbers = ops.uniform(tf.constant([3, 4]), [2 * tolerance["draws_at_least"], 22])
     boxes = ops.crop_box(numbers, tf.constant(height), tf.constant(width), settings["scale"], settings["ratio"])
     top, left, box_height, box_width = (box.numpy().astype(np.float64) for box in boxes)
     area, log_aspect = box_height * box_width / (height * width), np.log(box_width / box_height)
-
-    def rows(values):
-        return [np.mean(values), np.std(values)] + [np.quantile(values, q) for q in settings["rows"][2:]]
-
     for key, values, scale in [("area", area, 1.0), ("log_aspect", log_aspect, 1.0),
                                ("center_x", (left + box_width / 2) / width, 1.0),
                                ("center_y", (top + box_height / 2) / height, 1.0),
                                ("w", box_width / width, width), ("h", box_height / height, height)]:
         bound = tolerance.get(key, tolerance["center"])
-        np.testing.assert_allclose(rows(values), run[key] / scale, rtol=0, atol=bound, err_msg=key)
-    np.testing.assert_allclose(np.corrcoef(area, np.abs(log_aspect))[0, 1], run["corr_area_aspect"], atol=0.01)
+        np.testing.assert_allclose(rows(values, settings), crop_run[key] / scale, rtol=0, atol=bound, err_msg=key)
+    np.testing.assert_allclose(np.corrcoef(area, np.abs(log_aspect))[0, 1], crop_run["corr_area_aspect"], atol=0.01)
+
+
+@pytest.fixture(**of_runs("erasing_statistics"))
+def erasing_run(request):
+    return request.param
+
+
+def test_erasing_statistics(erasing_run):
+    """Many draws, because the reference's own 50,000 leave its quantiles uncertain by half of the tolerance; and sides
+    spread over their last pixel, because the median aspect lies beside the step that squares make."""
+    settings, tolerance = erasing_run.settings, erasing_run.settings["tolerance"]
+    height, width, (least, most) = settings["height"], settings["width"], settings["ratio"]     # of height / width
+    numbers = ops.uniform(tf.constant([5, 6]), [10 * tolerance["draws_at_least"], 22])
+    box = mixture.erasing_box(numbers, height, width, settings["scale"], (1.0 / most, 1.0 / least))
+    top, bottom, left, right = (edge.numpy().astype(np.float64) for edge in box)
+    some, random = bottom > top, np.random.default_rng(0)
+    box_height, box_width = (bottom - top)[some], (right - left)[some]
+
+    def spread(sides):
+        return sides + random.random(len(sides)) - 0.5
+
+    for key, values, bound in [("area", box_height * box_width / (height * width), tolerance["area"]),
+                               ("log_aspect_h_over_w", np.log(spread(box_height) / spread(box_width)),
+                                tolerance["log_aspect"])]:
+        np.testing.assert_allclose(rows(values, settings), erasing_run[key], rtol=0, atol=bound, err_msg=key)
+
+
+@pytest.fixture(**of_runs("mixing"))
+def mixing(request):
+    return request.param
+
+
+def test_mixing(mixing):
+    settings, inputs = mixing.settings, dict(mixing.settings["inputs"])
+    images = getattr(weights, inputs.pop("function"))(**inputs)
+    assert f"{zlib.crc32(np.float32(images).tobytes()):08x}" == settings["inputs_crc32"]
+    images, side = tf.constant(images, tf.float32), settings["image_size"]
+    targets = mixture.smooth(tf.constant(settings["targets"]), settings["classes"], settings["label_smoothing"])
+
+    def check(value, key):
+        np.testing.assert_allclose(value, mixing[key], rtol=0, atol=settings["tolerance"]["all"], err_msg=key)
+
+    for case in settings["cases"]:
+        i, top, bottom, left, right = case["index"], *case["box_y0y1x0x1"]
+        box, ratio = tuple(tf.constant(edge) for edge in (top, bottom, left, right)), tf.constant(case["lam"])
+        check(ratio, f"mixup{i}/lam_used")
+        check(mixture.mix(images, ratio), f"mixup{i}/x")
+        check(mixture.mix(targets, ratio), f"mixup{i}/y")
+        left_over = mixture.ratio_of(box, side, side)
+        check(left_over, f"cutmix{i}/lam_used")
+        check(mixture.paste(images, box), f"cutmix{i}/x")
+        check(mixture.mix(targets, left_over), f"cutmix{i}/y")
+        check(mixture.erase(images, box, tf.fill(images.shape, settings["erase_value"])), f"erase{i}")
+
+
+def test_boxes_of_a_ratio(mixing):
+    side = mixing.settings["image_size"]
+    for ratio, row, column, *edges in mixing["rand_bbox_lam_cy_cx_y0_y1_x0_x1"]:
+        sides = mixture.cut_sides(tf.constant(ratio, tf.float32), side, side)
+        assert [int(edge) for edge in mixture.box_round(int(row), int(column), sides, side, side)] == edges

@@ -35,18 +35,23 @@ def test_encoder(run, tag):
         layers = ["features", *(_stage_output(model, stage) for stage in stages)]
         outputs = keras.Model(model.input, [model.output, *(model.get_layer(layer).output for layer in layers)])(
             images[..., settings["branches"][0]["channels"]], training=settings["mode"] == "train")
-    last, pooled, *maps = outputs
+        last, pooled, *maps = outputs
+        # InsDis numbers its layers, and its last one is the head with the model's own norm.
+        layers = {"pooled": pooled, "head": last, "layer6": pooled, "layer7": last}
+        if settings["predictor"]:
+            layers["predictor"] = replay.build_predictor(settings)(last, training=settings["mode"] == "train")
 
     for stage, features in zip(stages, maps):
         means = tf.reduce_mean(features, axis=(1, 2))[:, :settings["stage_channels"]]
         replay.check(run, tag, means, run[f"stage/{stage}"], stage)
     for key, wanted in settings["outputs"].items():
-        # InsDis numbers its layers, and its last one is the head with the model's own norm.
-        value = {"pooled": pooled, "head": last, "layer6": pooled, "layer7": last}[wanted["layer"]]
         norm = wanted["normalize"] or (wanted["layer"] == "layer7" and settings["head"]["normalize"])
-        value = unit(value) if norm else value
+        value = unit(layers[wanted["layer"]]) if norm else layers[wanted["layer"]]
         assert value.dtype == replay.DTYPES[tag]
         replay.check(run, tag, value[:, :wanted["first"]], run[f"{tag}/{key}"], key)
+    if settings["position_rows"]:
+        positions = model.get_layer("tokens").pos_embed.numpy()[0, settings["position_rows"]]
+        np.testing.assert_allclose(positions, run["pos_embed"], rtol=0, atol=1e-6)
 
 
 def _stage_output(model, stage):

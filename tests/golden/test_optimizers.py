@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from moco_tf.optim.adamw import AdamW
+from moco_tf.optim.lars import LARS
 from moco_tf.optim.sgd import SGD
 
 from . import replay, weights
@@ -13,7 +15,16 @@ def sgd(rules, lr):
     return SGD(lr, momentum=rules["momentum"], weight_decay=rules["weight_decay"], nesterov=rules["nesterov"])
 
 
-OPTIMIZERS = {"sgd": sgd}    # LARS, AdamW and Adam are not here yet
+def lars(rules, lr):
+    return LARS(lr, momentum=rules["momentum"], weight_decay=rules["weight_decay"], trust=rules["trust_coefficient"])
+
+
+def adamw(rules, lr):
+    beta_1, beta_2 = rules["betas"]
+    return AdamW(lr, weight_decay=rules["weight_decay"], beta_1=beta_1, beta_2=beta_2, epsilon=rules["eps"])
+
+
+OPTIMIZERS = {"sgd": sgd, "lars": lars, "adamw": adamw}    # CMC's Adam is not here yet
 
 
 @pytest.mark.parametrize(**replay.cases("optimizer", lambda settings: settings["optimizer"]["name"] in OPTIMIZERS))

@@ -1,17 +1,23 @@
-"""Training steps of MoCo against the reference's: every run of kind `moco_steps` whose model exists here.
+"""Training steps of MoCo against the reference's: every run of kinds `moco_steps` and `moco_v3_steps` whose model exists.
 
 Compared after each step, as stored: losses, logits, gradient norms, parameters of both encoders and their norms,
-BatchNorm statistics, queue and pointer. Processes of the reference are replicas here, with the recorded shuffle.
+BatchNorm statistics, and v1's and v2's queue and pointer, v3's predictor, learning rate and momentum. Processes of the
+reference are replicas here, with the recorded shuffle.
 """
 
+import re
 import zlib
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from moco_tf.export.torch_weights import checkpoint_of, named_variables
+from moco_tf.export.torch_weights import checkpoint_of, named_variables, state_dict
+from moco_tf.methods import moco_v3
 from moco_tf.methods.moco import MoCo
+from moco_tf.optim.adamw import AdamW
+from moco_tf.optim.lars import LARS
+from moco_tf.optim.schedules import EpochSchedule
 from moco_tf.optim.sgd import SGD
 
 from . import replay, weights
@@ -153,3 +159,117 @@ def check_state(run, tag, step, checkpoint, gradient_norms, statistics):
     queue = checkpoint.queue.ravel()
     replay.check(run, tag, queue.sum(), run[f"{tag}/queue_sum"][step], "queue_sum")
     replay.check(run, tag, queue @ np.arange(queue.size) / queue.size, run[f"{tag}/queue_dot"][step], "queue_dot")
+
+
+# ---- MoCo v3 --------------------------------------------------------------------------------------------------------
+
+V3_IN_FLOAT32 = {"resnet": 2e-2, "vit": 1e-3}    # of parameters, in the golden README; the ResNet's are BatchNorm's
+
+
+raw_rows = []    # what a step made unit rows of, in order: keys of both views, queries of both views
+
+
+class WatchedV3(moco_v3.MoCoV3):
+    """Also returns what the files hold of a step: terms of the loss, first rows, and the momentum in full precision."""
+
+    def metrics_of(self, keys, outputs):
+        losses = moco_v3.info_nce(outputs["logits"], outputs["positive"])
+        _, k2, q1, _ = raw_rows
+        return {"loss_terms": 2.0 * self.temperature * tf.reduce_mean(tf.reshape(losses, (2, -1)), axis=1),
+                "logits0": outputs["logits"][0], "q1_row0": q1[0], "k2_row0": k2[0], "m": keys["momentum"]}
+
+
+@pytest.mark.parametrize(**replay.cases("moco_v3_steps", replay.has_encoder))
+def test_steps_of_v3(run, tag, monkeypatch):
+    settings, unit = run.settings, moco_v3.unit
+    raw_rows.clear()
+    monkeypatch.setattr(moco_v3, "unit", lambda rows: raw_rows.append(rows) or unit(rows))
+    with replay.precision(tag):
+        method = build_v3(run)
+        step_once = tf.function(method.train_step)
+        for step in range(settings["steps"]):
+            views = weights.draw(settings["inputs"], step=settings["first_step"] + step)
+            assert "%08x" % zlib.crc32(views[0].tobytes() + views[1].tobytes()) == settings["inputs_crc32"][step]
+            results = step_once({name: tf.constant(view.astype(replay.DTYPES[tag]))
+                                 for name, view in zip(method.view_names, views)})
+            check_outputs_of_v3(run, tag, step, {**results, "lr": method.optimizer.learning_rate})
+            check_state_of_v3(run, tag, step, method)
+
+
+def build_v3(run):
+    """The method of a run, compiled, as it stands before the first step."""
+    settings = run.settings
+    plan, rules = settings["schedule"], settings["optimizer"]
+    positions = run.file[settings["position_embedding"]] if settings["position_embedding"] else None
+    method = WatchedV3(replay.build_encoder(settings, positions=positions), replay.build_predictor(settings),
+                       settings["temperature"], settings["momentum"], momentum_schedule="cosine",
+                       total_steps=plan["epochs"] * plan["iterations_per_epoch"])
+    schedule = EpochSchedule(plan["lr"], settings["base_lr"], plan["epochs"], plan["iterations_per_epoch"],
+                             per_step=True, warmup_epochs=plan["warmup_epochs"])
+    if rules["name"] == "lars":
+        optimizer = normed(LARS)(schedule, rules["momentum"], rules["weight_decay"], rules["trust_coefficient"])
+    else:
+        optimizer = normed(AdamW)(schedule, rules["weight_decay"], *rules["betas"], rules["eps"])
+    method.compile(optimizer)
+    method.optimizer.build(method.trainable_variables)
+    return method
+
+
+def normed(optimizer):
+    """The class of optimizer, made to keep the norm of each parameter's last gradient as well."""
+    class Normed(optimizer):
+        def build(self, var_list):
+            super().build(var_list)
+            if not getattr(self, "norms", None):
+                self.norms = [tf.Variable(0.0, dtype=variable.dtype) for variable in var_list]
+
+        def update_step(self, gradient, variable):
+            self.norms[self._index_dict[self._var_key(variable)]].assign(tf.norm(gradient))
+            super().update_step(gradient, variable)
+
+    return Normed
+
+
+def check_outputs_of_v3(run, tag, step, results):
+    for key in ("loss", "loss_terms", "logits0", "q1_row0", "k2_row0"):
+        replay.check(run, tag, results[key], run[f"{tag}/{key}"][step], f"{key} of step {step}",
+                     run.tolerance(tag, "loss" if key.startswith("loss") else "logits", step))
+    for key in ("lr", "m"):
+        np.testing.assert_allclose(results[key], run[f"{tag}/{key}"][step], rtol={"f64": 1e-12, "f32": 2e-6}[tag])
+
+
+def check_state_of_v3(run, tag, step, method):
+    settings = run.settings
+    left_out = settings["not_compared"]
+    tolerance = run.tolerance(tag) if tag == "f64" else V3_IN_FLOAT32[settings["backbone"]["family"]]
+    models = {"base": method.encoder, "momentum": method.key_encoder, "predictor": method.predictor}
+    norms = {variable.ref(): norm for variable, norm in zip(method.trainable_variables, method.optimizer.norms)}
+    for side, model in models.items():
+        variables = {file_name(run, name): variable for name, variable in named_variables(model).items()}
+        state = {file_name(run, name): value for name, value in state_dict(model).items()}
+        listed = [str(name) for name in run["predictor_param_names" if side == "predictor" else "param_names"]]
+        compared = np.array([name not in left_out for name in listed])
+        ours = np.array([np.linalg.norm(state[name]) for name in listed])
+        replay.check(run, tag, ours[compared], run[f"{tag}/{side}/param_norm"][step][compared], f"{side} norms", tolerance)
+        if side != "momentum":
+            wanted = run[f"{tag}/grad_norm" if side == "base" else f"{tag}/predictor/grad_norm"][step]
+            ours = np.array([norms.get(variables[name].ref(), np.nan) for name in listed], np.float64)
+            np.testing.assert_array_equal(np.isnan(ours), np.isnan(wanted))    # the frozen ones
+            compared &= np.isfinite(wanted)
+            replay.check(run, tag, ours[compared], wanted[compared], f"{side} gradient norms", tolerance)
+        for key in run.keys(f"{tag}/{side}/"):
+            name, wanted = key.split("/", 2)[2], run[key][step]
+            if not name.endswith("_norm") and name not in left_out:
+                replay.check(run, tag, slice_of(state, name)[:len(wanted)], wanted, f"{side} {name}", tolerance)
+
+
+def file_name(run, name):
+    """The name in the files of a parameter of ours: a transformer's projector is `head` there, a predictor has none."""
+    head = run.settings["head"]["modules"][0]["name"].split(".")[0]
+    return re.sub(r"^fc\b", head, name).replace("predictor.", "")
+
+
+def slice_of(state, name):
+    """A parameter, or a third of one, as in `attn.qkv.bias/v`; flat."""
+    name, _, third = name.partition("/")
+    return np.split(state[name].ravel(), 3)["qkv".index(third)] if third else state[name].ravel()

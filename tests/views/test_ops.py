@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 from moco_tf.errors import UsageError
 from moco_tf.views import ops
@@ -44,8 +45,19 @@ def test_uniform_is_uniform_and_the_same_with_xla():
     assert np.any(numbers != ops.uniform(tf.constant([1, 3]), [100_000]))
 
 
+def test_normal_is_normal():
+    numbers = ops.normal(tf.constant([1, 2]), [2, 100_000]).numpy()
+    np.testing.assert_allclose(numbers.mean(1), 0.0, atol=0.015)
+    np.testing.assert_allclose(np.quantile(numbers, [0.00135, 0.15866, 0.5, 0.84134, 0.99865]), [-3, -1, 0, 1, 3],
+                               atol=0.06)
+    np.testing.assert_allclose(np.corrcoef(numbers)[0, 1], 0.0, atol=0.015)
+    compiled = tf.function(lambda s: ops.normal(s, [2, 100_000]), jit_compile=True)(tf.constant([1, 2]))
+    np.testing.assert_allclose(numbers, compiled, atol=1e-5)
+    assert np.all(np.isfinite(compiled))
+
+
 @pytest.mark.parametrize("make, change", [
-    (ops.random_grayscale, ops.grayscale), (ops.random_flip, ops.flip),
+    (ops.random_grayscale, ops.grayscale), (ops.random_flip, ops.flip), (ops.random_solarize, ops.solarize),
     (lambda p: ops.random_blur((0.7, 0.7), p), lambda x: ops.blur(x, tf.constant(0.7))),
     (lambda p: ops.random_jitter(brightness=0.9, probability=p), None)])
 @pytest.mark.parametrize("probability", [0.0, 0.2, 0.8, 1.0])
@@ -122,6 +134,20 @@ def test_both_resamplers_equal_tensorflows_antialiased_resize(box):
     expected = tf.image.resize(image[top:top + height, left:left + width], (64, 64), antialias=True)
     np.testing.assert_allclose(tf.transpose(ops.resample(image, frame, 64), [1, 0, 2]), expected, atol=1e-3)
     np.testing.assert_allclose(tf.transpose(ops.resample_planes(image, frame, 64), [1, 2, 0]), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 80, 90), (10, 20, 60, 47), (12, 20, 9, 50)])
+def test_both_bicubic_resamplers_equal_pillow(box):
+    top, left, height, width = box
+    image = noise(80, 90, 3)      # overshoots everywhere
+    frame = ops.Frame(tf.constant([top, left]), tf.constant([height, width]), tf.zeros([2]),
+                      tf.constant([height / 64, width / 64]))
+    expected = np.asarray(Image.fromarray(image[top:top + height, left:left + width]).resize(
+        (64, 64), Image.Resampling.BICUBIC))
+    for planes in (tf.transpose(ops.resample(tf.constant(image), frame, 64, "bicubic"), [2, 1, 0]),
+                   ops.resample_planes(tf.constant(image), frame, 64, "bicubic")):
+        differences = np.abs(ops.to_image(ops.nearest(planes)).numpy().astype(int) - expected)
+        assert differences.max() <= 1 and np.mean(differences > 0) < 0.005
 
 
 @pytest.mark.parametrize("height, width", [(375, 500), (500, 375), (256, 256), (60, 47)])

@@ -5,8 +5,10 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
-from moco_tf.views import ops
+from moco_tf.errors import UsageError
+from moco_tf.views import ops, randaugment
 from moco_tf.views.recipes import RECIPES
 
 
@@ -19,7 +21,8 @@ def seeds(count):
 
 
 JITTER_V2 = ("random_jitter", 0.4, 0.4, 0.4, 0.1, 0.8)
-PAPERS = {    # crop, then stages in order with their probabilities
+JITTER_V3 = ("random_jitter", 0.4, 0.4, 0.2, 0.1, 0.8)
+PAPERS = {    # of each view, or of both alike: crop, then stages in order with their probabilities
     "moco_v1": [("random_crop", (0.2, 1.0)), ("random_grayscale", 0.2), ("random_jitter", 0.4, 0.4, 0.4, 0.4),
                 ("random_flip", 0.5)],
     "moco_v2": [("random_crop", (0.2, 1.0)), JITTER_V2, ("random_grayscale", 0.2), ("random_blur", (0.1, 2.0), 0.5),
@@ -27,30 +30,40 @@ PAPERS = {    # crop, then stages in order with their probabilities
     "insdis": [("random_crop", (0.2, 1.0)), ("random_grayscale", 0.2), ("random_jitter", 0.4, 0.4, 0.4, 0.4),
                ("random_flip", 0.5)],
     "cifar": [("random_crop", (0.08, 1.0)), ("random_flip", 0.5), JITTER_V2, ("random_grayscale", 0.2)],
+    "moco_v3": {
+        "view_1": [("random_crop", (0.08, 1.0)), JITTER_V3, ("random_grayscale", 0.2), ("random_blur", (0.1, 2.0), 1.0),
+                   ("random_flip", 0.5)],
+        "view_2": [("random_crop", (0.08, 1.0)), JITTER_V3, ("random_grayscale", 0.2), ("random_blur", (0.1, 2.0), 0.1),
+                   ("random_solarize", 0.2), ("random_flip", 0.5)]},
     "train_linear": [("random_crop", (0.08, 1.0)), ("random_flip", 0.5)],
+    "transfer": [("random_crop", (0.05, 1.0)), ("random_flip", 0.5)],
+    "deit": [("random_crop", (0.08, 1.0)), ("random_flip", 0.5), ("random_augment", 2, 0.5, 9.0, 0.5, (124, 116, 104))],
     "eval": [("central_crop", 256)],
 }
 
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_recipe_is_the_papers(monkeypatch, name):
-    made = []
-
-    def record(kind):
+    def record(kind, module=ops):
         def make(*args, **kwargs):
             args = args[1:] if kind.endswith("crop") else args      # not the size
-            made.append((kind, *args, *kwargs.values()))
-        monkeypatch.setattr(ops, kind, make)
+            return kind, *args, *kwargs.values()
+        monkeypatch.setattr(module, kind, make)
 
-    for kind in ("random_crop", "central_crop", "random_grayscale", "random_jitter", "random_blur", "random_flip"):
+    for kind in ("random_crop", "central_crop", "random_grayscale", "random_jitter", "random_blur", "random_solarize",
+                 "random_flip"):
         record(kind)
-    RECIPES[name](size=224)
-    assert made == PAPERS[name]
+    record("random_augment", randaugment)
+    for view_name, view in RECIPES[name](size=224).views.items():
+        paper = PAPERS[name] if isinstance(PAPERS[name], list) else PAPERS[name][view_name]
+        assert [view.crop, *view.stages] == paper
+        assert view.interpolation == ("bicubic" if name == "deit" else "bilinear")
 
 
 @pytest.mark.parametrize("name, views", [
     ("moco_v1", {"query", "key"}), ("moco_v2", {"query", "key"}), ("cifar", {"query", "key"}),
-    ("quickstart", {"query", "key"}), ("insdis", {"query"}), ("train_linear", {"image"}), ("eval", {"image"})])
+    ("quickstart", {"query", "key"}), ("moco_v3", {"view_1", "view_2"}), ("insdis", {"query"}),
+    ("train_linear", {"image"}), ("transfer", {"image"}), ("deit", {"image"}), ("eval", {"image"})])
 def test_views_have_names_shapes_and_constants(name, views):
     recipe = RECIPES[name](size=16)
     drawn = recipe.apply(tf.constant(noise(20, 33, 3)), tf.constant([1, 2]))
@@ -77,8 +90,9 @@ def test_probabilities(name, grey, jittered, flipped):
     assert abs(np.mean(ramp[:, 4, 7, 0] < ramp[:, 4, 0, 0]) - flipped) < 0.07
 
 
-def test_same_seed_same_pixels_in_any_parallelism():
-    recipe = RECIPES["moco_v2"](size=32)
+@pytest.mark.parametrize("name", ["moco_v3", "deit"])
+def test_same_seed_same_pixels_in_any_parallelism(name):
+    recipe = RECIPES[name](size=32)
     images = tf.constant(noise(6, 50, 70, 3))
 
     def drawn(calls):
@@ -91,11 +105,12 @@ def test_same_seed_same_pixels_in_any_parallelism():
     for first, second in zip(one, four):
         for name in first:
             np.testing.assert_array_equal(first[name], second[name])
-    assert np.any(one[0]["query"] != one[0]["key"])
-    assert np.any(one[0]["query"] != one[6]["query"])
+    drawn_first, drawn_later = list(one[0].values()), list(one[6].values())      # of the same image
+    assert len(drawn_first) == 1 or np.any(drawn_first[0] != drawn_first[1])
+    assert np.any(drawn_first[0] != drawn_later[0])
 
 
-@pytest.mark.parametrize("name", ["moco_v2", "quickstart"])
+@pytest.mark.parametrize("name", ["moco_v2", "quickstart", "deit"])
 def test_batches_and_plain_tensorflow_draw_the_same_views(name):
     """The same numbers by other sums: at a rounding edge a level, rarely more after an amplifying adjustment."""
     count, images = 12, tf.constant(noise(12, 28, 28, 3))
@@ -111,8 +126,9 @@ def test_batches_and_plain_tensorflow_draw_the_same_views(name):
         assert np.mean(batch[view] != plain_batch[view]) < 0.01
 
 
-def test_xla_compiles_once_and_soon():
-    recipe = RECIPES["moco_v2"](size=224)
+@pytest.mark.parametrize("name", ["moco_v3", "deit"])
+def test_xla_compiles_once_and_soon(name):
+    recipe = RECIPES[name](size=224)
     apply = tf.function(recipe.apply, input_signature=[
         tf.TensorSpec([None, None, 3], tf.uint8), tf.TensorSpec([2], tf.int32)])
     times = []
@@ -136,3 +152,29 @@ def test_crop_min_one_without_stages_is_the_whole_image():
     image = noise(28, 28, 3)
     # Area 1 fits only at aspect 1; otherwise the fallback is the whole square too.
     np.testing.assert_array_equal(recipe.apply(tf.constant(image), tf.constant([4, 4]))["key"], image)
+
+
+def test_quickstart_names_its_views_as_the_method_does():
+    image, seed = tf.constant(noise(28, 28, 3)), tf.constant([1, 2])
+    usual = RECIPES["quickstart"]().apply(image, seed)
+    renamed = RECIPES["quickstart"](names=("view_1", "view_2")).apply(image, seed)
+    assert list(renamed) == ["view_1", "view_2"]
+    for view, other in zip(usual.values(), renamed.values()):
+        np.testing.assert_array_equal(view, other)
+
+
+@pytest.mark.parametrize("height, width", [(375, 500), (60, 47)])
+def test_eval_may_be_bicubic(height, width):
+    """DeiT's: Pillow resizes the whole image, then the middle is cut out."""
+    image = noise(height, width, 3)
+    whole_height, whole_width = (int(256 * n / min(height, width)) for n in (height, width))
+    top, left = round((whole_height - 224) / 2), round((whole_width - 224) / 2)
+    whole = np.asarray(Image.fromarray(image).resize((whole_width, whole_height), Image.Resampling.BICUBIC))
+    drawn = RECIPES["eval"](interpolation="bicubic").apply(tf.constant(image), tf.constant([0, 0]))["image"]
+    differences = np.abs(drawn.numpy().astype(int) - whole[top:top + 224, left:left + 224])
+    assert differences.max() <= 1 and np.mean(differences > 0) < 0.01
+
+
+def test_unknown_interpolation_is_refused():
+    with pytest.raises(UsageError, match="one of bilinear, bicubic. Received: 'lanczos'"):
+        RECIPES["eval"](interpolation="lanczos")

@@ -120,7 +120,7 @@ def knn(argv):
     for row in report["grid"]:
         print(f"k {row['k']:4d}  temperature {row['temperature']:<5g}  "
               f"top-1 {row['top1']:.2%}  top-5 {row['top5']:.2%}")
-    print(f"{report['encoder']}; {report['bank']} images vote on {report['queries']}"
+    print(f"{report['encoder']}; {report['bank']} images of {report['image_size']} pixels vote on {report['queries']}"
           + (f"; it is in {file}" if file else ""))
 
 

@@ -77,7 +77,7 @@ def evaluation_recipe(size, source, **options):
     `options` are further arguments of the recipe.
     """
     whole = {"shorter_side": size} if source.image_shape and max(source.image_shape[:2]) <= size else {}
-    return construct(RECIPES, dict(name="eval", size=size, **whole), "views")
+    return construct(RECIPES, {"name": "eval", "size": size, **whole, **options}, "views")
 
 
 def normalizer(recipe):
@@ -268,6 +268,9 @@ def restore_method(workdir):
         UsageError: no run there, or it has saved nothing yet.
     """
     config = read_config(workdir)
+    if config.method.name not in METHODS:
+        raise UsageError(f"The workdir must be of a pre-training. Received: {workdir}, of {config.method.name}. Give the "
+                         f"encoder that it started from: {config.get('encoder', 'unknown')}.")
     set_precision(config.precision)
     method = build_method(config, steps_per_epoch=1, normalize_views=normalizer(view_recipe(config)))
     step = Checkpoints(method, f"{workdir}/checkpoints").restore()

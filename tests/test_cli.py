@@ -108,8 +108,8 @@ def test_doctor_takes_two_steps():
 def test_help_and_import_leave_tensorflow_alone():
     program = ("import sys, moco_tf, moco_tf.cli; code = moco_tf.cli.main({arguments}); "
                "assert 'tensorflow' not in sys.modules, 'TensorFlow was imported'; sys.exit(code)")
-    for arguments in (["--help"], ["pretrain", "--help"], ["knn", "--help"], ["data", "--help"], ["recipes"],
-                      ["recipes", "moco_v2_r50"]):
+    for arguments in (["--help"], ["pretrain", "--help"], ["linear", "--help"], ["knn", "--help"], ["show", "--help"],
+                      ["data", "--help"], ["recipes"], ["recipes", "moco_v2_r50"]):
         done = subprocess.run([sys.executable, "-c", program.format(arguments=arguments)], cwd=ROOT, capture_output=True,
                               text=True)
         assert done.returncode == 0, done.stderr

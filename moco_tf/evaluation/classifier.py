@@ -9,14 +9,15 @@ import tensorflow as tf
 from moco_tf import config as configs
 from moco_tf.callbacks import read_lines
 from moco_tf.data.pipeline import Unreadable, evaluation_batches
-from moco_tf.errors import DataError, MocoError, UsageError
+from moco_tf.errors import MocoError, UsageError
 from moco_tf.evaluation.encoders import open_encoder, read_own_config
 from moco_tf.evaluation.metrics import summary
+from moco_tf.evaluation.splits import labelled_splits
 from moco_tf.losses import at_least_float32
 from moco_tf.methods.base import Method
 from moco_tf.momentum import momentum_copy, momentum_update
 from moco_tf.normalization import BatchNorm
-from moco_tf.train import (compile_method, construct, data_lines, evaluation_recipe, fit, open_data, set_precision,
+from moco_tf.train import (compile_method, construct, data_lines, evaluation_recipe, fit, set_precision,
                            step_options, view_recipe, write_results)
 from moco_tf.views.mixture import mixture, random_erasing
 
@@ -238,7 +239,7 @@ def train_classifier(config, workdir, strategy=None, reason=""):
     """
     strategy = strategy or tf.distribute.get_strategy()
     set_precision(config.precision)
-    train, held_out = labelled_data(config)
+    train, held_out = labelled_splits(config)
     with strategy.scope():
         encoder = open_encoder(config.encoder, config.side, config.views.size, config.bn_group_size,
                                **config.get("backbone", {}))
@@ -280,20 +281,3 @@ def train_classifier(config, workdir, strategy=None, reason=""):
         raise MocoError(f"The frozen backbone must stay as it was, bit for bit. It changed while {workdir} was trained; "
                         "its figures are not a linear probe's.")
     return results
-
-
-def labelled_data(config):
-    """(training source, held-out source), both of the same labelled classes.
-
-    Raises:
-        DataError: images without labels, nothing held out, or other classes there.
-    """
-    train, held_out = open_data(config)
-    if not train.num_classes:
-        raise DataError("Training on labels takes labelled images: class folders, or labelled records. Received: images "
-                        f"without, of {config.data.name} {config.data.path}.")
-    if held_out is None or held_out.class_names != train.class_names:
-        raise DataError("Accuracy needs held-out images of the same classes. Received: "
-                        f"{'none' if held_out is None else f'{held_out.num_classes} classes, not the same {train.num_classes}'}. "
-                        "Name them by data.eval_split.")
-    return train, held_out

@@ -209,8 +209,8 @@ class SavedLayer(keras.layers.Layer):
             result, = self.function(**{self.argument: images}).values()
             return result
         if not self.trains:
-            raise UsageError("To train a SavedModel's features it must be callable as (images, training=True), as one of "
-                             f"`moco-tf export` is. Received: the signature {self.name!r} of another.")
+            raise UsageError("To train a SavedModel's features it must be callable as (images, training=True), as one "
+                             f"of `moco-tf export` is. Received: the signature {self.name!r} of another.")
         return self.loaded(images, training=True)
 
 
@@ -229,11 +229,14 @@ def _of_saved_model(path, size):
         gives = list(loaded.signatures[name].structured_outputs.values())
         if len(takes) != 1 or len(gives) != 1 or next(iter(takes.values())).shape.rank != 4 \
                 or gives[0].shape.rank != 2 or gives[0].shape[1] is None:
-            raise UsageError(f"The signature {name!r} must take images (B, S, S, 3) and return (B, D). Received: {path}, "
-                             f"whose {name!r} takes {_shapes(takes.values())} and returns {_shapes(gives)}.")
+            raise UsageError(f"The signature {name!r} must take images (B, S, S, 3) and return (B, D). Received: "
+                             f"{path}, whose {name!r} takes {_shapes(takes.values())} and returns {_shapes(gives)}.")
         layers["backbone" if name == "features" else name] = SavedLayer(loaded, name)
-    facts = read_metadata(path)
-    size = size or layers["backbone"].spec.shape[1] or facts.get("preprocessing", {}).get("size") or 224
+    facts, fixed = read_metadata(path), layers["backbone"].spec.shape[1]
+    if size and fixed and size != fixed:
+        raise UsageError(f"This SavedModel takes images of {fixed} pixels. Received: {path} with size {size}. Set "
+                         f"views.size to {fixed}, or export the encoder with --size={size}.")
+    size = size or fixed or facts.get("preprocessing", {}).get("size") or 224
     return Encoder(path, "SavedModel", layers, _zero_to_one, size)
 
 

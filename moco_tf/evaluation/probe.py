@@ -167,7 +167,7 @@ def fast_probe(encoder, config, cache="", features="backbone"):
     logits = np.concatenate([classifiers.logits(block).numpy()[:, 0] for block, _ in blocks])
     return {**summary(logits, test.labels), "chosen": chosen, "grid": grid, "batch_norm": options.batch_norm,
             "epochs": options.epochs, "batch_size": options.batch_size, "encoder": encoder.description,
-            "path": encoder.path, "features": features, "dim": train.dim, "images": train.count,
+            "path": encoder.path, "features": features, "dim": train.dim, "image_size": encoder.size, "images": train.count,
             "selection_images": int(for_selection.sum()), "held_out_images": test.count,
             "left_out": train.left_out + test.left_out}
 

@@ -14,6 +14,7 @@ from moco_tf.evaluation.encoders import open_encoder
 from moco_tf.evaluation.knn import BANK_ROWS, even_rows, nearest, votes
 from moco_tf.evaluation.metrics import label_rank
 from moco_tf.evaluation.splits import cached_splits, own_workdir
+from moco_tf.export.exchange import FILES
 from moco_tf.files import write_file
 from moco_tf.losses import unit
 
@@ -24,7 +25,8 @@ def evaluate_knn(config, path, side="query", workdir="", **options):
     """`knn_report` of the encoder at a path, written into a folder's knn.json.
 
     Args:
-        config: whose data section says what to evaluate on; data without a name: those of the encoder's run.
+        config: whose data section says what to evaluate on; data without a name: those of the encoder's run. A file of
+            weights does not tell the size of its images: it gets the config's, or if that is 0, its recipe's.
         path, side: see `open_encoder`.
         workdir: for knn.json; "": that of the encoder, if it is a run's.
         options: of `knn_report`.
@@ -34,7 +36,7 @@ def evaluate_knn(config, path, side="query", workdir="", **options):
     """
     if not config.data.name:
         config = complete_config(configs.override(config, encoder=path))
-    encoder = open_encoder(path, side)
+    encoder = open_encoder(path, side, config.views.size if path.endswith(FILES) else 0)
     report = knn_report(encoder, config, **options)
     folder = workdir or own_workdir(encoder)
     if folder:
@@ -70,7 +72,7 @@ def knn_report(encoder, config, ks=(20, 200), temperatures=(0.07, 0.1), features
              **_accuracy(cosines[:, :k], labels[:, :k], temperature, bank.num_classes, queries.labels)}
             for k in ks for temperature in temperatures]
     return {"encoder": encoder.description, "path": encoder.path, "step": encoder.step, "features": features,
-            "dim": bank.dim, "bank": bank.count, "queries": queries.count,
+            "dim": bank.dim, "image_size": encoder.size, "bank": bank.count, "queries": queries.count,
             "left_out": bank.left_out + queries.left_out, "grid": grid}
 
 

@@ -1,7 +1,8 @@
-"""`moco-tf export`: an encoder as a SavedModel, a Keras file, plain weights or TFLite, to be used without this package."""
+"""`moco-tf export`: an encoder as a SavedModel, a Keras file, weights or TFLite, to be used without this package."""
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -30,8 +31,8 @@ COMPARED_IMAGES = 4
 def export(path, out="", side="query", precision="float32", size=0, formats=("saved_model",), overwrite=False):
     """Writes an encoder into a folder, whole or not at all, and prints what it wrote.
 
-    All but the SavedModel hold the backbone alone. The Keras file and the weights take normalised images; the SavedModel
-    and the TFLite file take images in [0, 1] and normalise them.
+    All but the SavedModel hold the backbone alone. The Keras file and the weights take normalised images; the
+    SavedModel and the TFLite file take images in [0, 1] and normalise them.
 
     Args:
         path: of the encoder: a run's workdir, or a file of weights, as `open_encoder` takes it.
@@ -46,8 +47,8 @@ def export(path, out="", side="query", precision="float32", size=0, formats=("sa
         What the metadata file says.
 
     Raises:
-        UsageError, DataError: arguments that do not go together, no encoder at the path, a folder that cannot be written
-        or holds something; the folder is then as it was.
+        UsageError, DataError: arguments that do not go together, no encoder at the path, a folder that cannot be
+        written or holds something; the folder is then as it was.
     """
     _check(formats, precision)
     if not out and not tf.io.gfile.exists(f"{path}/config.json"):
@@ -77,7 +78,8 @@ def export(path, out="", side="query", precision="float32", size=0, formats=("sa
 def _check(formats, precision):
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
-        raise UsageError(f"The formats are one or more of {', '.join(FORMATS)}. Received: {', '.join(unknown) or 'none'}.")
+        raise UsageError(f"The formats must be one or more of {', '.join(FORMATS)}. "
+                         f"Received: {', '.join(unknown) or 'none'}.")
     if precision not in PRECISIONS:
         raise UsageError(f"The precision must be one of {', '.join(PRECISIONS)}. Received: {precision!r}.")
     if "tflite" in formats and precision != "float32":
@@ -90,15 +92,16 @@ def _check(formats, precision):
 def plain_encoder(encoder, precision="float32"):
     """A twin of an encoder that has Keras's own BatchNormalization, the whole batch one group, and the same weights.
 
-    What the query encoder of the run learns is trainable, in the twin of a momentum encoder too. No path is dropped.
+    What the query encoder of the run learns is trainable, in the twin of a momentum encoder too. A transformer's blocks
+    drop no branches.
 
     Args:
         encoder: an `Encoder` with a config.
         precision: of PRECISIONS.
 
     Returns:
-        A functional model, normalised images (B, S, S, 3) -> embeddings (B, C), or features (B, D) where the encoder has
-        no head. Its layers have the names of the original ones. But for a vision transformer's, S may be any.
+        A functional model, normalised images (B, S, S, 3) -> embeddings (B, C), or features (B, D) where the encoder
+        has no head. Its layers have the names of the original ones. A ResNet's takes images of any size and shape.
     """
     config = configs.override(encoder.config, **{"views.size": encoder.size})
     try:
@@ -140,7 +143,7 @@ def _outputs(model):
         outputs["embedding"] = {"embedding": model.output}
     if _is_transformer(model):
         tokens = model.get_layer("norm").output
-        patches, side = tokens[:, 1:], int((tokens.shape[1] - 1) ** 0.5)
+        patches, side = tokens[:, 1:], math.isqrt(tokens.shape[1] - 1)
         outputs["tokens"] = {"class_token": tokens[:, 0], "mean_of_patches": tf.reduce_mean(patches, axis=1),
                              "patches": tf.reshape(patches, (-1, side, side, tokens.shape[2]))}
     # The last ReLU of each of a ResNet's stages, layer1 to layer4; a stage's later blocks replace its earlier ones.
@@ -170,7 +173,7 @@ def _images_are_small(config, size):
     if config.data.name == "folder":    # of no shape in particular, and slow to list
         return False
     try:
-        shape = open_data(config)[0].image_shape
+        shape = open_data(configs.override(config, **{"data.download": False}))[0].image_shape
     except MocoError:    # the data are gone, or on another machine
         return False
     return bool(shape) and max(shape[:2]) <= size
@@ -282,8 +285,9 @@ def _write_tflite(folder, model, preprocessing):
     path, backbone, size = f"{folder}/features.tflite", parts(model)["backbone"], preprocessing["size"]
     module = tf.Module()
     module.weights = backbone.variables
-    module.features = tf.function(lambda images: {"features": backbone(_normalized(images, preprocessing), training=False)},
-                                  [tf.TensorSpec([None, size, size, 3], name="images")], autograph=False)
+    module.features = tf.function(
+        lambda images: {"features": backbone(_normalized(images, preprocessing), training=False)},
+        [tf.TensorSpec([None, size, size, 3], name="images")], autograph=False)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([module.features.get_concrete_function()], module)
     converter.optimizations, converter.target_spec.supported_types = [tf.lite.Optimize.DEFAULT], [tf.float16]
     with tf.io.gfile.GFile(path, "wb") as file:
@@ -308,7 +312,8 @@ def _features(backbone, images, preprocessing):
 # images in [0, 1] -> features that reads what was written.
 FORMATS = {
     "saved_model": (_write_saved_model, "the folder itself, for tf.saved_model.load: images in [0, 1]"),
-    "keras": (_write_keras, "backbone.keras, for load_model: normalised images, (image - mean) / std, to features"),
+    "keras": (_write_keras, "backbone.keras, for load_model of Keras 2, with moco_tf imported for a transformer's: "
+                            "normalised images, (image - mean) / std, to features"),
     "weights": (_write_weights, "backbone.weights.h5, for load_weights of the same backbone"),
     "tflite": (_write_tflite, "features.tflite, weights in float16: images in [0, 1] of the size to features"),
 }
@@ -363,14 +368,18 @@ def _upload(staging, folder):
     if tf.io.gfile.exists(f"{folder}/{marker}"):
         tf.io.gfile.remove(f"{folder}/{marker}")
     tf.io.gfile.rmtree(folder)
-    names = [os.path.relpath(os.path.join(place, name), staging) for place, _, names in os.walk(staging) for name in names]
+    names = [os.path.relpath(path, staging) for path in _paths(staging)]
     for name in sorted(names, key=lambda name: (name == marker, name != METADATA)):
         tf.io.gfile.makedirs(os.path.dirname(f"{folder}/{name}"))
         tf.io.gfile.copy(f"{staging}/{name}", f"{folder}/{name}")
 
 
+def _paths(folder):
+    return [os.path.join(place, name) for place, _, names in os.walk(folder) for name in names]
+
+
 def _bytes(folder):
-    return sum(os.path.getsize(os.path.join(place, name)) for place, _, names in os.walk(folder) for name in names)
+    return sum(map(os.path.getsize, _paths(folder)))
 
 
 # ---------------------------------------------------------------------------------------------- what is said of it
@@ -378,11 +387,12 @@ def _bytes(folder):
 def _facts(encoder, side, precision, model, preprocessing):
     trainable = sum(weight.shape.num_elements() for weight in model.trainable_weights)
     outputs = _outputs(_whole(encoder))    # of static shape
-    shapes = tf.nest.map_structure(lambda tensor: [None, *tensor.shape[1:]], {**outputs, "serving_bytes": outputs["features"]})
+    outputs["serving_bytes"] = outputs["features"]
+    shapes = tf.nest.map_structure(lambda tensor: [None, *tensor.shape[1:]], outputs)
     widths = {name: outputs[name][name].shape[-1] for name in ("features", "embedding") if name in outputs}
     return {
-        "encoder": encoder.description, "path": encoder.path, "side": side, "step": encoder.step, "precision": precision,
-        "preprocessing": preprocessing, "signatures": shapes, "widths": widths,
+        "encoder": encoder.description, "path": encoder.path, "side": side, "step": encoder.step,
+        "precision": precision, "preprocessing": preprocessing, "signatures": shapes, "widths": widths,
         "parameters": {"trainable": trainable, "other": model.count_params() - trainable},
         "formats": {}, "fingerprint": encoder.fingerprint(), "metrics": _metrics(encoder.path),
         "versions": versions(), "config_hash": configs.digest(encoder.config),
@@ -400,10 +410,11 @@ def _metrics(path):
 
 
 def _summary(out, facts):
-    lines = [f"{out}: {facts['encoder']}, {facts['precision']}, {facts['parameters']['trainable']:,} trainable parameters"]
+    lines = [f"{out}: {facts['encoder']}, {facts['precision']}, "
+             f"{facts['parameters']['trainable']:,} trainable parameters"]
     for name, written in facts["formats"].items():
-        lines.append(f"  {name:12s}{written['bytes'] / 1e6:8.1f} MB  features differ from the training model's by at most "
-                     f"{written['largest_difference']:.1e} (the largest is {written['largest_feature']:.3g})")
+        lines.append(f"  {name:12s}{written['bytes'] / 1e6:8.1f} MB  features differ from the training model's by at "
+                     f"most {written['largest_difference']:.1e} (the largest is {written['largest_feature']:.3g})")
     if "saved_model" in facts["formats"]:
         for name, outputs in facts["signatures"].items():
             given = ", ".join(f"{output} (B, {', '.join(map(str, shape[1:]))})" for output, shape in outputs.items())

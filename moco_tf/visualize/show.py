@@ -183,8 +183,8 @@ def features_of(encoder, source, limit):
     if not len(rows):
         raise DataError("Some image must be readable. Received: none that is. `moco-tf data check` lists them.")
     if not np.isfinite(rows).all():
-        raise DataError(f"The features must be finite. Received: some of {encoder.path} ({encoder.description}) that are "
-                        "not: the encoder has diverged.")
+        raise DataError(f"The features must be finite. Received: some of {encoder.path} ({encoder.description}) "
+                        "that are not: the encoder has diverged.")
     return rows, labels, indexes
 
 

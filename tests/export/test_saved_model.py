@@ -1,4 +1,4 @@
-"""`moco-tf export`: what is loaded elsewhere computes what the run's encoder computes, learns, and is there whole or not.
+"""`moco-tf export`: what is loaded elsewhere computes what the run's encoder does, learns, and is there whole or not.
 
 Most tests look at what one process without moco_tf found with the exports of a ResNet and of a vision transformer
 (use_export.py).
@@ -184,7 +184,7 @@ def test_moving_statistics_move_in_training_only_and_as_the_run_s(found, resnet,
     assert found["resnet_moved_True"].all() and len(found["resnet_moved_True"]) == 2 * 20
     encoder = open_encoder(resnet)
     backbone = encoder.models["backbone"]
-    backbone(encoder.normalize(inputs["levels"]["resnet"]), training=True)    # one BatchNorm group, as bn_group_size says
+    backbone(encoder.normalize(inputs["levels"]["resnet"]), training=True)    # the batch is one BatchNorm group
     expected = np.concatenate([v.numpy() for v in backbone.variables if "moving_" in v.name])
     np.testing.assert_allclose(found["resnet_statistics"], expected, atol=1e-5)
 
@@ -224,7 +224,8 @@ def test_the_metadata_say_where_it_is_from_and_what_it_takes(facts, resnet, vit,
     with open(f"{resnet}/export/{METADATA}") as file:
         written = json.load(file)
     assert written == json.loads(json.dumps(facts["resnet"]))
-    assert written["step"] == 5 and written["side"] == "query" and written["widths"] == {"features": 32, "embedding": 16}
+    assert written["step"] == 5 and written["side"] == "query"
+    assert written["widths"] == {"features": 32, "embedding": 16}
     assert written["preprocessing"] == {
         "input": "RGB in [0, 1]", "size": 32, "shorter_side": 36, "whole_up_to": 0,
         "interpolation": "bilinear, antialiased", "mean": [0.286] * 3, "std": [0.353] * 3}
@@ -368,8 +369,15 @@ def test_the_encoder_of_an_export_gives_the_rows_of_the_run_s(resnet, facts, enc
     assert opened.size == 32 and opened.width == 32 and opened.config is None
     for features in ("backbone", "embedding"):
         np.testing.assert_allclose(opened.rows(levels, features), encoders["resnet"].rows(levels, features), atol=1e-5)
+    assert open_encoder(f"{resnet}/export", size=64).rows(np.zeros((2, 64, 64, 3), np.uint8)).shape == (2, 32)
     with pytest.raises(UsageError, match="workdir"):
         export(f"{resnet}/export", f"{resnet}/again")
+
+
+def test_a_transformer_s_images_keep_their_size(vit, facts):
+    assert open_encoder(f"{vit}/export").size == 28
+    with pytest.raises(UsageError, match="28 pixels.*--size=35"):
+        open_encoder(f"{vit}/export", size=35)
 
 
 def test_the_encoder_of_an_export_can_be_trained_and_that_of_bare_signatures_not(resnet, facts, inputs, tmp_path):

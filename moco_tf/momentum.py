@@ -21,7 +21,8 @@ def momentum_copy(encoder):
 def momentum_update(twin, encoder, momentum):
     """Parameters of `twin` <- momentum * theirs + (1 - momentum) * those of `encoder`.
 
-    `momentum` may be a tensor, equal on all replicas. Parameters only: statistics of BatchNorm are buffers, which each encoder keeps from its own forward passes.
+    `momentum` may be a tensor, equal on all replicas. Parameters only: statistics of BatchNorm are buffers, which each
+    encoder keeps from its own forward passes.
     """
     rest = 1.0 - momentum
     pairs = [(copy, variable) for copy, variable in zip(twin.weights, encoder.weights) if variable.trainable]

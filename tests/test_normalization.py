@@ -177,7 +177,7 @@ def on_two_replicas(x, upstream, dtype, moving_mean):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("shape", [(12, 5), (12, 4, 3, 5)])
 def test_synchronised_replicas_are_one_batch(shape, dtype):
-    """Outputs, moving statistics with the n - 1 of the whole batch, and gradients, which pass through the collective."""
+    """Outputs, moving statistics with the whole batch's n - 1, and gradients, which pass through the collective."""
     x, upstream, gamma = batch(shape), batch(shape, seed=1), np.linspace(0.5, 2, 5)
     x[:6] += 3.0    # halves of different means
     outputs, layer, gradients = on_two_replicas(x, upstream, dtype, moving_mean=np.zeros(5))

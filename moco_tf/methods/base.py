@@ -51,7 +51,8 @@ class Method(keras.Model):
         raise NotImplementedError(f"{type(self).__name__} must define encode_keys")
 
     def contrastive_loss(self, views, keys):
-        """Views and keys -> (N,) losses and a dict of "queries" (N, C) and "logits" (N, 1 + K), positive first."""
+        """Views and keys -> (N,) losses and a dict of what `update_memory` and `metrics_of` look at: "queries" (N, C), and
+        "logits" (N, 1 + K) with the positive first, unless "positive" (N,) names its column."""
         raise NotImplementedError(f"{type(self).__name__} must define contrastive_loss")
 
     def update_memory(self, keys, outputs, write):

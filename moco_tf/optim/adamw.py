@@ -16,8 +16,8 @@ class AdamW(keras.optimizers.Optimizer):
         m <- beta_1 * m + (1 - beta_1) * g;  v <- beta_2 * v + (1 - beta_2) * g^2
         p <- p - lr * m / (1 - beta_1^t) / (sqrt(v / (1 - beta_2^t)) + epsilon)
 
-    Keras' own adds epsilon to the uncorrected sqrt(v), which makes it larger in the first steps. A step that was skipped
-    for a non-finite gradient does not count into t, as in PyTorch.
+    Keras' own adds epsilon to the uncorrected sqrt(v), which makes it larger in the first steps. A step that was
+    skipped for a non-finite gradient does not count into t, as in PyTorch.
 
     Args:
         learning_rate: a float or a `LearningRateSchedule`.

@@ -28,7 +28,8 @@ def excluded(patterns, variables):
                              f"Received: {pattern!r}: {error}.") from None
         if unused:
             parts = sorted({part for name in names for part in (name, *name.split("/"))})
-            near = difflib.get_close_matches(pattern, parts, n=3, cutoff=0.5) or sorted({n.split("/")[-1] for n in names})
+            kinds = sorted({name.split("/")[-1] for name in names})
+            near = difflib.get_close_matches(pattern, parts, n=3, cutoff=0.5) or kinds
             raise UsageError("Each pattern of optimizer.exclude must match the name of a parameter. "
                              f"Received: {pattern!r}, which matches none. Nearest: {', '.join(near)}.")
     return [any(re.search(pattern, name) for pattern in patterns) for name in names]

@@ -19,7 +19,8 @@ def test_schedule(run, tag):
     # CMC counts epochs from 1 and steps down once a milestone is passed: counted from 0, once it is reached.
     first = 1 if settings["milestone_passed"] == "epoch > milestone" else 0
     steps = [(epoch - first) * at["iterations_per_epoch"] + iteration
-             for epoch in range(at["epoch_start"], at["epoch_stop"], at["epoch_step"]) for iteration in at["iterations"]]
+             for epoch in range(at["epoch_start"], at["epoch_stop"], at["epoch_step"])
+             for iteration in at["iterations"]]
     with replay.precision(tag):
         value_at = {"lr": learning_rate, "momentum": momentum}[settings["quantity"]](settings)
         values = [value_at(tf.constant(step, tf.int64)) for step in steps]

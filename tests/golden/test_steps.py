@@ -1,4 +1,4 @@
-"""Training steps of MoCo against the reference's: every run of kinds `moco_steps` and `moco_v3_steps` whose model exists.
+"""Training steps of MoCo against the reference's: every run of kinds `moco_steps`, `moco_v3_steps` whose model exists.
 
 Compared after each step, as stored: losses, logits, gradient norms, parameters of both encoders and their norms,
 BatchNorm statistics, and v1's and v2's queue and pointer, v3's predictor, learning rate and momentum. Processes of the
@@ -249,8 +249,8 @@ def check_state_of_v3(run, tag, step, method):
         state = {file_name(run, name): value for name, value in state_dict(model).items()}
         listed = [str(name) for name in run["predictor_param_names" if side == "predictor" else "param_names"]]
         compared = np.array([name not in left_out for name in listed])
-        ours = np.array([np.linalg.norm(state[name]) for name in listed])
-        replay.check(run, tag, ours[compared], run[f"{tag}/{side}/param_norm"][step][compared], f"{side} norms", tolerance)
+        ours, wanted = np.array([np.linalg.norm(state[name]) for name in listed]), run[f"{tag}/{side}/param_norm"][step]
+        replay.check(run, tag, ours[compared], wanted[compared], f"{side} norms", tolerance)
         if side != "momentum":
             wanted = run[f"{tag}/grad_norm" if side == "base" else f"{tag}/predictor/grad_norm"][step]
             ours = np.array([norms.get(variables[name].ref(), np.nan) for name in listed], np.float64)

@@ -8,7 +8,8 @@ from moco_tf.distribute import apply_gradients_if
 from moco_tf.optim import OPTIMIZERS
 from moco_tf.optim.schedules import EpochSchedule
 
-OPTIONS = {"sgd": {}, "lars": dict(exclude=("bias",)), "adamw": dict(exclude=("bias",)), "lamb": dict(exclude=("bias",))}
+BIAS = dict(exclude=("bias",))
+OPTIONS = {"sgd": {}, "lars": BIAS, "adamw": BIAS, "lamb": BIAS}
 GRADIENTS = [([[1.0, -2.0]], [0.5, 3.0]), ([[-3.0, 0.1]], [1.0, 1.0]), ([[0.2, 5.0]], [-1.0, 2.0])]
 
 

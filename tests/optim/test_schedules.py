@@ -22,8 +22,8 @@ def test_warmup_cosine_starts_at_zero_and_its_clock_after_the_warm_up():
 
 
 def test_warmup_cosine_without_warm_up_is_half_a_cosine():
-    with_none, plain = (EpochSchedule(name, 1.0, epochs=5, steps_per_epoch=2) for name in ("warmup_cosine", "half_cosine"))
-    np.testing.assert_allclose(values(with_none, range(10)), values(plain, range(10)), rtol=1e-6)
+    ours, plain = (EpochSchedule(name, 1.0, epochs=5, steps_per_epoch=2) for name in ("warmup_cosine", "half_cosine"))
+    np.testing.assert_allclose(values(ours, range(10)), values(plain, range(10)), rtol=1e-6)
 
 
 def test_deit_lags_an_epoch_warms_up_in_a_line_and_keeps_its_minimum():

@@ -11,14 +11,14 @@ from ml_collections import ConfigDict
 
 def get_config():
     return ConfigDict(dict(
-        epochs=10, batch_size=128, bn_group_size=-1, shuffle_bn="none", intra_op_threads=1,
+        epochs=8, batch_size=64, bn_group_size=-1, shuffle_bn="none", intra_op_threads=1,
         data=dict(name="embedded"),
         views=dict(name="quickstart", names=("view_1", "view_2"), size=56, crop_min=0.7, flip=0.5, brightness=0.8,
                    contrast=0.8, jitter=0.8, blur=0.0),
         backbone=dict(name="resnet", depth=18, width=0.25, stem="imagenet", zero_init_residual=True),
         head=dict(name="projector", layers=2, hidden_dim=256, dim=64),
         predictor=dict(layers=2, hidden_dim=256, last_bn=False),
-        method=dict(name="moco_v3", temperature=0.2, momentum=0.99, momentum_schedule="cosine"),
-        optimizer=dict(name="lars", lr_per_256=2.0, momentum=0.9, weight_decay=1e-6),
+        method=dict(name="moco_v3", temperature=0.1, momentum=0.99, momentum_schedule="cosine"),
+        optimizer=dict(name="lars", lr_per_256=8.0, momentum=0.9, weight_decay=1e-6),
         schedule=dict(name="warmup_cosine", per_step=True, warmup_epochs=1),
-        monitor=dict(every_epochs=5)))
+        monitor=dict(every_epochs=4)))

@@ -239,6 +239,7 @@ def train_classifier(config, workdir, strategy=None, reason=""):
     """
     strategy = strategy or tf.distribute.get_strategy()
     set_precision(config.precision)
+    _check_mixing(config, strategy.num_replicas_in_sync)
     train, held_out = labelled_splits(config)
     with strategy.scope():
         encoder = open_encoder(config.encoder, config.side, config.views.size, config.bn_group_size,
@@ -281,3 +282,11 @@ def train_classifier(config, workdir, strategy=None, reason=""):
         raise MocoError(f"The frozen backbone must stay as it was, bit for bit. It changed while {workdir} was trained; "
                         "its figures are not a linear probe's.")
     return results
+
+
+def _check_mixing(config, replicas):
+    mixed = [name for name in ("mixup", "cutmix") if config.method.get(name, 0)]
+    if mixed and config.batch_size // replicas % 2:
+        raise UsageError(f"{' and '.join(mixed)} mix a replica's images with the same in reverse order, so their number must be "
+                         f"even. Received: batch_size {config.batch_size} over {replicas} replica(s). Nearest: "
+                         f"{max(2, round(config.batch_size / replicas / 2) * 2) * replicas}.")

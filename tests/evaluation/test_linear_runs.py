@@ -96,7 +96,7 @@ def test_bad_input_is_refused_in_one_line(encoder, tmp_path):
     assert "--encoder" in fails(2)
     assert "none of these" in fails(2, f"--encoder={tmp_path / 'nothing'}", "--config.data.name=embedded")
     unlabelled = photographs(tmp_path / "flat", labelled=False)
-    assert "labelled images" in fails(3, f"--encoder={encoder}", "--config.data.name=folder",
+    assert "needs labels" in fails(3, f"--encoder={encoder}", "--config.data.name=folder",
                                       f"--config.data.path={unlabelled}")
     tf.saved_model.save(tf.Module(), str(tmp_path / "empty"))
     assert '"features"' in fails(2, f"--encoder={tmp_path / 'empty'}", "--config.data.name=embedded")
@@ -105,6 +105,10 @@ def test_bad_input_is_refused_in_one_line(encoder, tmp_path):
     config["backbone"]["depth"] = 34
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     assert "step-40" in fails(3, f"--encoder={tmp_path / 'other'}")
+    assert "even" in fails(2, f"--encoder={encoder}", "--config=finetune_vit_base", "--config.batch_size=63",
+                           command="finetune")
+    assert "matches none" in fails(2, f"--encoder={encoder}", "--config=finetune_quickstart", "--config.batch_size=64",
+                                   '--config.optimizer.exclude=("gama",)', command="finetune")
 
 
 def test_a_label_outside_the_range_is_said(encoder, tmp_path):

@@ -19,7 +19,7 @@ def get_config():
         data=dict(name="", repeats=3),
         views=dict(name="deit", size=0),
         evaluation=dict(interpolation="bicubic"),
-        backbone=dict(drop_path=0.1, trainable_positions=True, freeze_patch=False),
+        backbone=dict(drop_path=0.1, trainable_positions=True),
         method=dict(name="fine_tuning", stddev=0.02, mixup=0.8, cutmix=1.0, smoothing=0.1, erasing=0.25, average=0.99996),
         optimizer=dict(name="adamw", lr_per_256=2.5e-4, weight_decay=0.05,
                        exclude=("bias$", "gamma", "beta", "pos_embed", "cls_token")),

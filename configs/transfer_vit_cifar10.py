@@ -14,6 +14,6 @@ def get_config():
     config.update(dict(
         epochs=100, batch_size=1024,
         data=dict(name="tfds", path="cifar10", eval_split="test", repeats=1),
-        views=dict(name="transfer", size=224), evaluation=dict(interpolation="bilinear"),
+        views=dict(name="transfer", size=224), evaluation=dict(interpolation="bilinear", shorter_side=256),
         method=dict(erasing=0.0), optimizer=dict(lr_per_256=1.5e-4, weight_decay=0.1), schedule=dict(warmup_epochs=3)))
     return config

@@ -234,15 +234,13 @@ class Monitor:
     Args:
         measure: () -> {name: value}.
         titles: {name: how it is shown}; other values are written only.
-        path: of monitor.jsonl; lines of steps after `first_step`, of a run that was killed, are taken out.
+        path: of monitor.jsonl.
         writer: of tf.summary, or None.
         line: the `ProgressLine` to print above.
-        first_step: where the run stands; at 0 everything is measured anew.
     """
 
-    def __init__(self, measure, titles, path, writer, line, first_step):
+    def __init__(self, measure, titles, path, writer, line):
         self.measure, self.titles, self.path, self.writer, self.line = measure, titles, path, writer, line
-        keep_lines(path, lambda record: 0 < first_step >= record["step"])
 
     def __call__(self, step):
         """A step that is written down already is not measured again."""

@@ -18,14 +18,15 @@ def momentum_copy(encoder):
     return twin
 
 
-def momentum_update(twin, encoder, momentum):
+def momentum_update(twin, encoder, momentum, buffers=False):
     """Parameters of `twin` <- momentum * theirs + (1 - momentum) * those of `encoder`.
 
     `momentum` may be a tensor, equal on all replicas. Parameters only: statistics of BatchNorm are buffers, which each
-    encoder keeps from its own forward passes.
+    encoder keeps from its own forward passes; with `buffers` they are averaged too, for a twin that makes none.
     """
     rest = 1.0 - momentum
-    pairs = [(copy, variable) for copy, variable in zip(twin.weights, encoder.weights) if variable.trainable]
+    pairs = [(copy, variable) for copy, variable in zip(twin.weights, encoder.weights)
+             if variable.trainable or (buffers and variable.dtype.is_floating)]
 
     def follow(copy, variable):
         step = tf.cast(rest, copy.dtype) if tf.is_tensor(rest) else tf.constant(rest, copy.dtype)

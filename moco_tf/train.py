@@ -205,16 +205,18 @@ def bn_group(config, replicas):
 
 # ---------------------------------------------------------------------------------------------- the workdir
 
-def open_workdir(config, workdir, images=0):
+def open_workdir(config, workdir, images=0, encoder=""):
     """Makes the workdir and writes config.json; or, where a run has begun in it, checks that it is the same one.
 
     A run has begun with its first checkpoint after step 0, which is where imported weights stand.
 
     Args:
         images: the number of training images; 0: not known.
+        encoder: the fingerprint of the encoder that the run starts from, of one that starts from any.
 
     Raises:
-        UsageError: the workdir cannot be written; it holds a run of another config (the message lists the keys).
+        UsageError: the workdir cannot be written; it holds a run of another config (the message lists the keys), or one
+            that began with other weights.
         DataError: the run was begun with another number of images.
     """
     path, facts = f"{workdir}/config.json", f"{workdir}/data.json"
@@ -227,19 +229,27 @@ def open_workdir(config, workdir, images=0):
                                  f"any more. Differing: {'; '.join(differing)}. Use the stored values, or another "
                                  "--workdir.")
             with tf.io.gfile.GFile(facts) as file:
-                before = json.load(file)["images"]
-            if before != images:
-                raise DataError(f"A run goes on with the images it was begun with. Received: {images} of them, {before} "
-                                f"before, in {workdir}. Restore the data, or start in another --workdir.")
+                before = json.load(file)
+            if before["images"] != images:
+                raise DataError(f"A run goes on with the images it was begun with. Received: {images} of them, "
+                                f"{before['images']} before, in {workdir}. Restore the data, or start in another --workdir.")
+            if before.get("encoder", "") != encoder:
+                raise UsageError(f"A run goes on from the encoder it was begun with. Received: {config.encoder}, whose weights "
+                                 f"have changed since {workdir} was begun. Start in another --workdir.")
         else:
             tf.io.gfile.makedirs(f"{workdir}/checkpoints")
             write_file(path, configs.to_json(config))
-            write_file(facts, json.dumps({"images": images}) + "\n")
+            write_file(facts, json.dumps({"images": images, **({"encoder": encoder} if encoder else {})}) + "\n")
         write_file(f"{workdir}/.writable", "")
         tf.io.gfile.remove(f"{workdir}/.writable")
     except (tf.errors.OpError, OSError) as error:
         raise UsageError(f"--workdir must be a folder that can be written. Received: {workdir}: "
                          f"{str(getattr(error, 'message', error)).splitlines()[0]}.") from None
+
+
+def is_run(path):
+    """Whether a folder is the workdir of a run, begun or not."""
+    return tf.io.gfile.exists(f"{path}/config.json")
 
 
 def read_config(workdir):
@@ -249,7 +259,7 @@ def read_config(workdir):
         UsageError: no run is there, or its config cannot be read.
     """
     path = f"{workdir}/config.json"
-    if not tf.io.gfile.exists(path):
+    if not is_run(workdir):
         raise UsageError(f"The workdir must hold a run. Received: {workdir}, without a config.json.")
     try:
         with tf.io.gfile.GFile(path) as file:
@@ -295,7 +305,7 @@ class Outcome:
 
 
 def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), view_names=("image",),
-        steps_per_epoch=0, **batch_options):
+        steps_per_epoch=0, encoder="", **batch_options):
     """Trains a method in a workdir to its last step; a workdir that holds the same run is resumed.
 
     Args:
@@ -310,6 +320,7 @@ def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), v
         lines: what is told before the run starts.
         view_names: that the method takes.
         steps_per_epoch: 0: as many whole batches as there are.
+        encoder: as of `open_workdir`.
         batch_options: further arguments of `training_batches`.
 
     Returns:
@@ -326,9 +337,10 @@ def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), v
     total_steps = config.epochs * steps_per_epoch
     with strategy.scope():
         method = build(steps_per_epoch)
-        open_workdir(config, workdir, train.size)
+        open_workdir(config, workdir, train.size, encoder)
         checkpoints = Checkpoints(method, f"{workdir}/checkpoints", config.checkpoint.keep)
         first_step = checkpoints.restore() or 0
+    keep_lines(f"{workdir}/monitor.jsonl", lambda record: 0 < first_step >= record["step"])
     clock = BatchClock()
     writer = tf.summary.create_file_writer(f"{workdir}/tensorboard") if config.log.tensorboard else None
     resuming = [f"resuming at step {first_step} of {total_steps}"] if first_step else []
@@ -351,7 +363,7 @@ def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), v
         with stop:
             if followed:
                 measure, titles, every, at_start = followed
-                monitor = Monitor(measure, titles, f"{workdir}/monitor.jsonl", writer, log.line, first_step)
+                monitor = Monitor(measure, titles, f"{workdir}/monitor.jsonl", writer, log.line)
                 if at_start and first_step == 0:
                     monitor(first_step)
                 after.append(Every(first_step, every, monitor, log))

@@ -18,12 +18,13 @@ STEMS = ("imagenet", "cifar")
 
 
 def resnet(depth=50, width=1, groups=1, width_per_group=64, stem="imagenet", zero_init_residual=False,
-           bn_group_size=None, size=None, channels=3):
+           bn_group_size=None, size=None, channels=3, stem_channels=None):
     """A residual network without its classifier.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
-        width: factor on every number of channels, stem and features included (MoCo's R50w2x, w4x); may be fractional.
+        width: factor on every number of channels, features included, and stem (MoCo's R50w2x, w4x) unless
+            `stem_channels` says otherwise (CMC's and InsDis's); may be fractional.
         groups, width_per_group: of the 3x3 convolution in bottlenecks: ResNeXt-50 32x4d is (32, 4), torchvision's
             wide_resnet50_2 is (1, 128). They multiply with `width`.
         stem: "imagenet": 7x7, stride 2, then max-pooling by 2; "cifar": 3x3, no pooling.
@@ -31,6 +32,7 @@ def resnet(depth=50, width=1, groups=1, width_per_group=64, stem="imagenet", zer
         bn_group_size: images that share BatchNorm statistics; None: the batch of a replica.
         size: side of the images in pixels; None: any.
         channels: of the images.
+        stem_channels: outputs of the stem; None: width * 64. CMC's and InsDis's stems have 64 at every width.
 
     Returns:
         A functional model from (B, size, size, channels) images to (B, D) features; D is width * 512 for depths 18 and
@@ -51,7 +53,7 @@ def resnet(depth=50, width=1, groups=1, width_per_group=64, stem="imagenet", zer
     norm = functools.partial(BatchNorm, bn_group_size)
     last_norm = functools.partial(norm, gamma_initializer="zeros" if zero_init_residual else "ones")
     images = keras.Input((size, size, channels), name="images")
-    x = _stem(images, round(64 * width), stem, norm)
+    x = _stem(images, stem_channels or round(64 * width), stem, norm)
     for stage, blocks in enumerate(BLOCKS[depth]):
         planes = round(64 * width * 2 ** stage)
         for block in range(blocks):
@@ -64,6 +66,15 @@ def resnet(depth=50, width=1, groups=1, width_per_group=64, stem="imagenet", zer
                 x = _bottleneck(x, planes, inner, groups, stride, norm, last_norm, name)
     features = keras.layers.GlobalAveragePooling2D(name="features")(x)
     return keras.Model(images, features, name=f"resnet{depth}")
+
+
+def numbered_layers(depth=50, stem="imagenet"):
+    """CMC's numbers of the layers for probes: {1: the stem's layer, 2 to 5: the stages', 6: "features"}.
+
+    The next number, 7, is the head's.
+    """
+    stages = {2 + stage: f"layer{stage + 1}.{blocks - 1}.relu" for stage, blocks in enumerate(BLOCKS[depth])}
+    return {1: "maxpool" if stem == "imagenet" else "relu", **stages, 6: "features"}
 
 
 def _stem(images, filters, stem, norm):

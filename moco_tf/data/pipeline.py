@@ -76,8 +76,8 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
         bn_group_size: images that share batch statistics; 0: those of a replica.
         labels: hand out "label" (N,) int64, 0 .. num_classes - 1, and "weight" (N,) float32: 0 where a row only fills up
             the last batch of a pass, else what makes the batch's mean one over its real rows.
-        repeats: views of an image that follow each other in the order (repeated augmentation, arXiv:1902.05509); a pass
-            then sees 1 / repeats of the images.
+        repeats: views of an image that follow each other in the order, and are dealt to the replicas in turn (repeated
+            augmentation, arXiv:1902.05509); a pass then sees 1 / repeats of the images.
         replicas: of this host.
         context: the `tf.distribute.InputContext` of this host; None: there is one host.
         workers: parallel calls; 0: tf.data's choice.
@@ -113,6 +113,9 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
             batch["label"] = _in_range(batch["label"], source.num_classes, batch["index"])
         else:
             del batch["label"]
+        if repeats > 1:    # an image's views to different replicas, whose batches are mixed within themselves
+            dealt = tf.reshape(tf.transpose(tf.reshape(tf.range(here), [-1, replicas])), [-1])
+            batch = {name: tf.gather(value, dealt) for name, value in batch.items()}
         if "key" in batch:
             order = key_permutation(seed, step, here, group) if shuffle else tf.range(here)
             batch["key_position"] = host * here + positions(order)

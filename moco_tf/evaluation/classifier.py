@@ -12,7 +12,7 @@ from moco_tf.data.pipeline import Unreadable, evaluation_batches
 from moco_tf.errors import MocoError, UsageError
 from moco_tf.evaluation.encoders import open_encoder, read_own_config
 from moco_tf.evaluation.metrics import summary
-from moco_tf.evaluation.splits import labelled_splits
+from moco_tf.evaluation.splits import check_labels, labelled_splits
 from moco_tf.losses import at_least_float32
 from moco_tf.methods.base import Method
 from moco_tf.momentum import momentum_copy, momentum_update
@@ -123,6 +123,7 @@ class FineTuning(Classifier):
     def __init__(self, backbone, num_classes, stddev=0.01, mixup=0.0, cutmix=0.0, smoothing=0.0, erasing=0.0, average=0.0,
                  **kwargs):
         super().__init__(backbone, num_classes, stddev, **kwargs)
+        self.encoder.trainable = True    # a momentum encoder's copy and a frozen patch convolution too
         self.mix = functools.partial(mixture, num_classes=num_classes, mixup=mixup, cutmix=cutmix, smoothing=smoothing)
         self.erasing, self.average = erasing, average
 
@@ -150,7 +151,7 @@ class FineTuning(Classifier):
 
     def update_memory(self, keys, outputs, write):
         if self.average:
-            momentum_update(self.averaged, self.network, tf.where(write, self.average, 1.0))
+            momentum_update(self.averaged, self.network, tf.where(write, self.average, 1.0), buffers=True)
 
     def kept(self):
         return {**super().kept(), "backbone": self.encoder, **({"averaged": self.averaged} if self.average else {})}
@@ -169,25 +170,39 @@ class Validation:
 
     Args:
         method: a Classifier.
-        batches: of `evaluation_batches` of one pass.
+        strategy: that it was made under.
+        batches: of `evaluation_batches` of one pass, of a size that the replicas can share.
         folder: where the best one's weights go.
+        source: of the images.
         past: the top-1 accuracies measured before, of a run that goes on.
     """
 
-    def __init__(self, method, batches, folder, past=()):
-        self.method, self.batches, self.best = method, batches, max(past, default=-1.0)
-        self.logits = tf.function(method.logits, reduce_retracing=True)
+    def __init__(self, method, strategy, batches, folder, source, past=()):
+        self.strategy, self.batches, self.source, self.best = strategy, batches, source, max(past, default=-1.0)
+        self.last = None    # the newest `summary`
+        self.run = tf.function(lambda images: strategy.run(method.logits, args=(images,)))
         self.manager = tf.train.CheckpointManager(tf.train.Checkpoint(**method.kept()), folder, max_to_keep=1,
                                                   checkpoint_name="best")
 
     def measure(self):
-        """As `moco_tf.evaluation.metrics.summary` of the logits."""
-        logits, labels = [], []
-        for views, label, _, real in self.batches:
+        """As `moco_tf.evaluation.metrics.summary` of the logits; DataError for a label outside the range."""
+        logits, labels, indexes = [], [], []
+        for views, label, index, real in self.batches:
             real = real.numpy()
-            logits.append(self.logits(views["image"]).numpy()[real])
+            logits.append(self.logits(views["image"])[real])
             labels.append(label.numpy()[real])
-        return summary(np.concatenate(logits), np.concatenate(labels))
+            indexes.append(index.numpy()[real])
+        labels, indexes = np.concatenate(labels), np.concatenate(indexes)
+        check_labels(labels, self.source.num_classes, lambda row: self.source.describe(indexes[row]))
+        self.last = summary(np.concatenate(logits), labels)
+        return self.last
+
+    def logits(self, images):
+        """uint8 images (N, S, S, 3) -> (N, C), NumPy; each replica takes its part of the rows."""
+        parts = tf.split(images, self.strategy.num_replicas_in_sync)
+        dealt = self.strategy.experimental_distribute_values_from_function(
+            lambda context: parts[context.replica_id_in_sync_group])
+        return np.concatenate([part.numpy() for part in self.strategy.experimental_local_results(self.run(dealt))])
 
     def __call__(self):
         """{"top1", "top5"} in [0, 1]."""
@@ -242,8 +257,9 @@ def train_classifier(config, workdir, strategy=None, reason=""):
     _check_mixing(config, strategy.num_replicas_in_sync)
     train, held_out = labelled_splits(config)
     with strategy.scope():
-        encoder = open_encoder(config.encoder, config.side, config.views.size, config.bn_group_size,
-                               **config.get("backbone", {}))
+        encoder = open_encoder(config.encoder, config.side, config.views.size, config.precision, config.bn_group_size,
+                               config.seed, **config.get("backbone", {}))
+    set_precision(config.precision)    # of a SavedModel, which does not follow it, the classifier's
     if not config.views.size:
         config = configs.override(config, **{"views.size": encoder.size})
     recipe, frozen = view_recipe(config), config.method.name == "linear_probe"
@@ -251,7 +267,7 @@ def train_classifier(config, workdir, strategy=None, reason=""):
                                  config.batch_size, workers=config.data.workers,
                                  unreadable=Unreadable(held_out, config.data.max_unreadable))
     steps_per_epoch = -(-train.size // config.batch_size) if frozen else 0
-    before = encoder.fingerprint() if frozen else None
+    before = encoder.fingerprint()
     validations = []
 
     def build(steps_per_epoch):
@@ -263,7 +279,7 @@ def train_classifier(config, workdir, strategy=None, reason=""):
 
     def monitor_of(method, _):
         past = [line["top1"] for line in read_lines(f"{workdir}/monitor.jsonl") if "top1" in line]
-        validations.append(Validation(method, batches, f"{workdir}/best", past))
+        validations.append(Validation(method, strategy, batches, f"{workdir}/best", held_out, past))
         every = config.monitor.every_epochs * (steps_per_epoch or train.size // config.batch_size)
         return validations[0], {"top1": "top-1", "top5": "top-5"}, every, False
 
@@ -271,9 +287,9 @@ def train_classifier(config, workdir, strategy=None, reason=""):
                   lines=[f"encoder: {encoder.description}, features of {encoder.width} values",
                          *data_lines(config, train, held_out, steps_per_epoch or train.size // config.batch_size),
                          f"{strategy.num_replicas_in_sync} replica(s){f', {reason}' if reason else ''}"],
-                  steps_per_epoch=steps_per_epoch, labels=True, repeats=config.data.repeats)
+                  steps_per_epoch=steps_per_epoch, encoder=before, labels=True, repeats=config.data.repeats)
     facts = {"backbone_unchanged": encoder.fingerprint() == before} if frozen else {}
-    last = validations[0].measure()
+    last = validations[0].last or validations[0].measure()
     best = max((line for line in read_lines(f"{workdir}/monitor.jsonl")), key=lambda line: line["top1"])
     results = write_results(config, workdir, outcome, train, strategy.num_replicas_in_sync, (), **last,
                             best_top1=best["top1"], best_top5=best["top5"], best_step=best["step"],

@@ -14,7 +14,7 @@ from moco_tf.export import torch_weights
 from moco_tf.export.exchange import imported_config
 from moco_tf.export.torch_files import SAFETENSORS_FILE, TORCH_FILES
 from moco_tf.losses import at_least_float32
-from moco_tf.train import build_encoder, normalizer, read_config, restore_method, set_precision, view_recipe
+from moco_tf.train import build_encoder, is_run, normalizer, read_config, restore_method, set_precision, view_recipe
 
 keras = tf.keras
 
@@ -63,14 +63,18 @@ class Encoder:
         return at_least_float32(self.models[features](self.normalize(images), training=training))
 
     def fingerprint(self):
-        """A digest of the bytes of all weights, in their order; equal only where every bit is."""
+        """A digest of the bytes of all weights, in their order, and of a SavedModel's graph; equal only where every bit is."""
         digest = hashlib.sha256()
+        graph = f"{self.path}/saved_model.pb"
+        if self.config is None and tf.io.gfile.exists(graph):
+            with tf.io.gfile.GFile(graph, "rb") as file:
+                digest.update(file.read())
         for variable in max(self.models.values(), key=lambda model: len(model.weights)).weights:
             digest.update(tf.io.serialize_tensor(tf.convert_to_tensor(variable)).numpy())
         return digest.hexdigest()
 
 
-def open_encoder(path, side="query", size=0, bn_group_size=0, **changes):
+def open_encoder(path, side="query", size=0, precision="", bn_group_size=None, seed=0, **changes):
     """The encoder of a run's workdir, of a .pth, .pt or .safetensors file, or of a SavedModel's folder.
 
     "random:RECIPE" is the untrained encoder of a recipe, to compare with.
@@ -82,7 +86,10 @@ def open_encoder(path, side="query", size=0, bn_group_size=0, **changes):
         path: may be gs://, but for files of PyTorch.
         side: "query", or "key" for the momentum encoder, of a run.
         size: of the images; 0: the one the encoder was made for.
-        bn_group_size: images that share batch statistics, where the backbone is to train on; as in a config.
+        precision: to compute in, as in a config; "": the run's.
+        bn_group_size: images that share batch statistics, where the backbone is to train on; as in a config. None: as in
+            the run.
+        seed: of what the backbone draws while it trains (stochastic depth).
         changes: arguments of the backbone to differ from those it was trained with, such as `drop_path`.
 
     Raises:
@@ -91,16 +98,17 @@ def open_encoder(path, side="query", size=0, bn_group_size=0, **changes):
     """
     if side not in SIDES:
         raise UsageError(f"The encoder's side must be one of {', '.join(SIDES)}. Received: {side!r}.")
+    changes = dict(size=size, precision=precision, bn_group_size=bn_group_size, seed=seed, backbone=changes)
     if path.startswith(RANDOM):
-        return _of_recipe(path, size, bn_group_size, changes)
+        return _of_recipe(path, changes)
     if path.endswith(WEIGHTS):
-        return _of_file(path, side, size, bn_group_size, changes)
-    if tf.io.gfile.exists(f"{path}/config.json"):
-        return _of_run(path, side, size, bn_group_size, changes)
+        return _of_file(path, side, changes)
+    if is_run(path):
+        return _of_run(path, side, changes)
     if side == "query" and tf.io.gfile.exists(f"{path}/saved_model.pb"):
-        if changes:
-            raise UsageError(f"The backbone of a SavedModel is what it is. Received: {path} and {', '.join(changes)} to "
-                             "change in it. Start from the run's workdir, or leave these out.")
+        if changes["backbone"]:
+            raise UsageError(f"The backbone of a SavedModel is what it is. Received: {path} and "
+                             f"{', '.join(changes['backbone'])} to change in it. Start from the run's workdir, or leave these out.")
         return _of_saved_model(path, size)
     raise UsageError("An encoder is a run's workdir (with a config.json), a SavedModel's folder (side query), or a file in "
                      f"{', '.join(WEIGHTS)}. Received: {path}, which is none of these.")
@@ -116,43 +124,43 @@ def read_own_config(path):
     """The config that comes with an encoder's path: a run's or a recipe's; None where there is none."""
     if path.startswith(RANDOM):
         return configs.load(path[len(RANDOM):])
-    return read_config(path) if tf.io.gfile.exists(f"{path}/config.json") else None
+    return read_config(path) if is_run(path) else None
 
 
-def _of_recipe(path, size, bn_group_size, changes):
+def _of_recipe(path, changes):
     config = read_own_config(path)
-    set_precision(config.precision)
+    changed = _changed(config, **changes)
+    set_precision(changed.precision)
     keras.utils.set_random_seed(config.seed)
-    changed = _changed(config, size, bn_group_size, changes)
     return Encoder(path, f"{config.method.name}, untrained", parts(build_encoder(changed)),
                    normalizer(view_recipe(config)), changed.views.size, config)
 
 
-def _of_run(path, side, size, bn_group_size, changes):
+def _of_run(path, side, changes):
     method, config, step = restore_method(path)
     encoder = method.encoder if side == "query" else getattr(method, "key_encoder", None)
     if encoder is None:
         raise UsageError(f"A key encoder belongs to methods that have a momentum encoder. Received: {path}, of "
                          f"{config.method.name}. Use the query encoder.")
-    changed = _changed(config, size, bn_group_size, changes)
+    changed = _changed(config, **changes)
     if changed != config:
-        encoder = _rebuilt(changed, torch_weights.state_dict(encoder))
-    return Encoder(path, f"{config.method.name}, {side} encoder at step {step}", parts(encoder), method.normalize,
-                   changed.views.size, config, step)
+        encoder = _rebuilt(changed, torch_weights.state_dict(encoder), config)
+    return Encoder(path, f"{config.method.name}, {side} encoder at step {step}", parts(encoder),
+                   normalizer(view_recipe(config)), changed.views.size, config, step)
 
 
-def _of_file(path, side, size, bn_group_size, changes):
+def _of_file(path, side, changes):
     checkpoint = torch_weights.parse(torch_weights.read_state_dict(path))
     config = imported_config(checkpoint)
-    set_precision(config.precision)
     state = checkpoint.encoder if side == "query" else checkpoint.key_encoder
     if not state:
         raise UsageError(f"The file must hold a key encoder. Received: {path}, without one. Use the query encoder.")
-    changed = _changed(config, size, bn_group_size, changes)
+    changed = _changed(config, **changes)
     whole = checkpoint.kind == "pretraining"
     if whole:
-        encoder = _rebuilt(changed, state)
+        encoder = _rebuilt(changed, state, config)
     else:
+        set_precision(changed.precision)
         encoder = build_encoder(changed)
         torch_weights.load_backbone(encoder, checkpoint, allow_probe=True)
     models = parts(encoder)
@@ -160,19 +168,26 @@ def _of_file(path, side, size, bn_group_size, changes):
                    normalizer(view_recipe(config)), changed.views.size, config)
 
 
-def _changed(config, size, bn_group_size, changes):
+def _changed(config, size, precision, bn_group_size, seed, backbone):
     changed = config.copy_and_resolve_references().unlock()
     changed.views.size = size or config.views.size
-    changed.bn_group_size = bn_group_size or config.bn_group_size
-    changed.backbone.update(changes)
+    changed.precision = precision or config.precision
+    changed.bn_group_size = config.bn_group_size if bn_group_size is None else bn_group_size
+    changed.seed = seed
+    changed.backbone.update(backbone)
     return changed.lock()
 
 
-def _rebuilt(config, state):
-    """The encoder of a config with the weights of a state dict; positions that are computed follow the size."""
-    encoder = build_encoder(config)
+def _rebuilt(changed, state, config):
+    """The encoder of a changed config with the weights of a state dict; positions that are computed follow the size."""
+    set_precision(changed.precision)
+    keras.utils.set_random_seed(changed.seed)
+    encoder = build_encoder(changed)
     own = torch_weights.state_dict(encoder)
     if "pos_embed" in own and own["pos_embed"].shape != state["pos_embed"].shape:
+        if config.backbone.get("trainable_positions"):
+            raise UsageError("Learned positions belong to one image size. Received: an encoder for images of "
+                             f"{config.views.size} pixels, and {changed.views.size} asked for. Keep its size.")
         state = {**state, "pos_embed": own["pos_embed"]}
     torch_weights.load_into(encoder, state)
     return encoder

@@ -9,6 +9,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from moco_tf import config as configs
+from moco_tf.callbacks import saved_checkpoints
 from moco_tf.errors import DataError, DivergedError, UsageError
 from moco_tf.evaluation.encoders import open_encoder
 from moco_tf.evaluation.metrics import summary
@@ -16,7 +17,7 @@ from moco_tf.evaluation.splits import cached_splits
 from moco_tf.files import write_file
 from moco_tf.optim.schedules import EpochSchedule
 from moco_tf.optim.sgd import SGD
-from moco_tf.train import versions
+from moco_tf.train import is_run, read_config, versions
 
 MOMENTUM = 0.9              # of SGD, and
 STDDEV = 0.01               # of the initial weights, as in the protocol (MoCo v1, sec. 4.1, and its code)
@@ -83,7 +84,11 @@ class Classifiers(tf.Module):
 
 def fast_linear(config, workdir, cache=None):
     """`fast_probe` of a config's encoder; writes config.json and results.json into `workdir`, returns the results."""
-    encoder = open_encoder(config.encoder, config.side, config.views.size)
+    if is_run(workdir) and (saved_checkpoints(f"{workdir}/checkpoints")
+                            or read_config(workdir).method.name != config.method.name):
+        raise UsageError("A fast probe's workdir must be new, or an earlier fast probe's. Received: "
+                         f"{workdir}, which holds another run. Name another by --workdir.")
+    encoder = open_encoder(config.encoder, config.side, config.views.size, config.precision)
     results = {**fast_probe(encoder, config, cache or ""), "seed": config.seed, "versions": versions()}
     print(table(results))
     tf.io.gfile.makedirs(workdir)

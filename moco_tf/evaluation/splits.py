@@ -5,12 +5,11 @@ import shutil
 import tempfile
 
 import numpy as np
-import tensorflow as tf
 
 from moco_tf.config import RUN_DEFAULTS
 from moco_tf.errors import DataError
 from moco_tf.evaluation.features import cached_features
-from moco_tf.train import evaluation_recipe, open_data
+from moco_tf.train import evaluation_recipe, is_run, open_data
 
 
 def labelled_splits(config):
@@ -74,7 +73,7 @@ def cached_splits(encoder, config, features, cache=""):
 
 def own_workdir(encoder):
     """The workdir of the run that an encoder is of; "" for a file's or a SavedModel's."""
-    return encoder.path if tf.io.gfile.exists(f"{encoder.path}/config.json") else ""
+    return encoder.path if is_run(encoder.path) else ""
 
 
 def _temporary_folder():

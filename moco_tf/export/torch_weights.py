@@ -248,15 +248,18 @@ def _resnet_of(encoder):
     bottleneck = "layer1.0.conv3.weight" in encoder
     try:
         depth = next(d for d, counts in BLOCKS.items() if counts == blocks and (d >= 50) == bottleneck)
-        planes, channels, side, _ = encoder["conv1.weight"].shape
+        stem_channels, channels, side, _ = encoder["conv1.weight"].shape
         inner = encoder["layer1.0.conv1.weight"].shape[0]
+        planes = encoder["layer1.0.conv3.weight"].shape[0] // 4 if bottleneck else inner
         groups = inner // encoder["layer1.0.conv2.weight"].shape[1] if bottleneck else 1
         width_per_group = inner * 64 // (groups * planes) if bottleneck else 64
     except (KeyError, IndexError, StopIteration, ValueError, ZeroDivisionError):
         raise DataError("The file must hold a ResNet-18, 34, 50, 101 or 152 in torchvision's names. "
                         f"Received: names such as {', '.join(list(encoder)[:3])}.") from None
+    own_stem = {} if stem_channels == planes else dict(stem_channels=stem_channels)    # CMC's and InsDis' stay at 64
     return dict(name="resnet", depth=depth, width=planes // 64 if planes % 64 == 0 else planes / 64, groups=groups,
-                width_per_group=width_per_group, stem="imagenet" if side == 7 else "cifar", channels=channels)
+                width_per_group=width_per_group, stem="imagenet" if side == 7 else "cifar", channels=channels,
+                **own_stem)
 
 
 def _vit_of(encoder, heads):

@@ -1,7 +1,5 @@
 """What every method shares: the one training step."""
 
-import math
-
 import tensorflow as tf
 
 from moco_tf.distribute import apply_gradients_if, mean_over_replicas
@@ -63,8 +61,8 @@ class Method(keras.Model):
         raise NotImplementedError(f"{type(self).__name__} must define metrics_of")
 
     def chance_loss(self, batch_size):
-        """The loss of guessing, in nats: among the keys of a global batch, unless a method compares with others."""
-        return math.log(batch_size)
+        """The loss of guessing, in nats, with so many images in the global batch."""
+        raise NotImplementedError(f"{type(self).__name__} must define chance_loss")
 
     def train_step(self, views):
         """One step on a dict of views; returns scalars, equal on all replicas."""

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from moco_tf.backbones import BACKBONES
-from moco_tf.backbones.resnet import resnet
+from moco_tf.backbones.resnet import numbered_layers, resnet
 from moco_tf.errors import UsageError
 from moco_tf.heads import encoder, linear, mlp
 
@@ -162,3 +162,42 @@ def test_grouped_convolutions_train():
 def test_what_does_not_exist_is_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
         resnet(**arguments)
+
+
+# CMC's encoders with their head, published: (depth, width) -> parameters for one channel, L, and for two, ab.
+CMC_COUNTS = {
+    (18, 0.5): (2_841_600, 2_844_736), (18, 1): (11_235_904, 11_239_040), (18, 2): (44_718_144, 44_721_280),
+    (50, 0.5): (6_027_456, 6_030_592), (50, 1): (23_764_032, 23_767_168), (50, 2): (94_374_720, 94_377_856),
+    (101, 0.5): (10_788_544, 10_791_680), (101, 1): (42_756_160, 42_759_296), (101, 2): (170_238_784, 170_241_920)}
+
+
+@pytest.mark.parametrize("depth, width", CMC_COUNTS)
+def test_parameter_counts_of_cmc(depth, width):
+    with tf.Graph().as_default():
+        found = count(encoder(resnet(depth, width, stem_channels=64, channels=1), linear).trainable_variables)
+    assert (found, found + 49 * 64) == CMC_COUNTS[depth, width]    # a channel more, in the stem
+
+
+@pytest.mark.parametrize("width, parameters", [(1, 23_770_304), (2, 94_380_992), (4, 376_152_512)])
+def test_parameter_counts_of_insdis(width, parameters):
+    with tf.Graph().as_default():
+        assert count(encoder(resnet(50, width, stem_channels=64), linear).trainable_variables) == parameters
+
+
+@pytest.mark.parametrize("depth, width, channels", [
+    (50, 0.5, (64, 128, 256, 512, 1024, 1024)), (50, 1, (64, 256, 512, 1024, 2048, 2048)),
+    (101, 2, (64, 512, 1024, 2048, 4096, 4096)), (18, 0.5, (64, 32, 64, 128, 256, 256)),
+    (18, 2, (64, 128, 256, 512, 1024, 1024))])
+def test_numbered_layers_have_the_shapes_of_cmcs_code(depth, width, channels):
+    with tf.Graph().as_default():
+        model = resnet(depth, width, stem_channels=64, size=224, channels=2)
+        shapes = {number: model.get_layer(name).output_shape[1:] for number, name in numbered_layers(depth).items()}
+    sides = (56, 56, 28, 14, 7)
+    expected = {number: (side, side, outputs) for number, (side, outputs) in enumerate(zip(sides, channels), 1)}
+    assert shapes == {**expected, 6: channels[-1:]}
+
+
+def test_the_first_numbered_layer_of_a_cifar_stem_is_not_pooled():
+    model = resnet(**SMALL, stem="cifar", stem_channels=16)
+    shapes = [model.get_layer(name).output_shape[1:] for name in numbered_layers(18, "cifar").values()]
+    assert shapes == [(32, 32, 16), (32, 32, 8), (16, 16, 16), (8, 8, 32), (4, 4, 64), (64,)]

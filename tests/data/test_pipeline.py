@@ -193,6 +193,8 @@ def test_repeated_augmentation_draws_each_image_three_times_in_a_row(folder):
     resumed = labelled(source, 3, 4, repeats=3, first_step=2)
     for ours, whole in zip(resumed, batches[2:]):
         np.testing.assert_array_equal(ours["image"], whole["image"])
+    shares = labelled(source, 3, 1, repeats=3, replicas=3)    # the three views of an image go to three replicas
+    assert [sorted(share["index"]) for share in shares] == 3 * [sorted(set(batches[0]["index"]))]
 
 
 def test_a_label_outside_the_range_stops_the_pipeline(folder):

@@ -70,6 +70,29 @@ def test_two_replicas_probe_as_one(encoder, probe, tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["replicas"] == 2
 
 
+def test_a_saved_model_is_probed_on_two_replicas_as_its_run_is(encoder, probe, tmp_path):
+    done = moco_tf("export", f"--encoder={encoder}", f"--out={tmp_path / 'export'}")
+    assert done.returncode == 0, done.stderr
+    done = moco_tf("linear", f"--encoder={tmp_path / 'export'}", f"--workdir={tmp_path / 'run'}", "--strategy=mirrored",
+                   "--cpu_replicas=2", *SHORT, "--config.data.name=embedded", "--config.views.size=8")
+    assert done.returncode == 0, done.stderr
+    ours, expected = [json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "run", probe[0])]
+    assert ours["backbone_unchanged"] and abs(ours["top1"] - expected["top1"]) < 0.01
+
+
+def test_an_encoder_that_changed_is_noticed(encoder, probe, tmp_path):
+    shutil.copytree(encoder, tmp_path / "encoder")
+    begun = tmp_path / "encoder" / "linear_v1v2"
+    facts = json.loads((begun / "data.json").read_text())
+    (begun / "data.json").write_text(json.dumps({**facts, "encoder": "0" * 64}))
+    config = json.loads((begun / "config.json").read_text())
+    done = moco_tf("linear", f"--workdir={begun}")
+    assert config["encoder"] == str(encoder) and done.returncode == 2
+    assert "weights have changed" in last_line(done)
+    done = moco_tf("linear", "--fast", f"--encoder={encoder}", f"--workdir={encoder}", *SHORT)
+    assert done.returncode == 2 and "holds another run" in last_line(done)
+
+
 def test_fine_tuning_on_a_part_of_the_labels(encoder, tmp_path):
     done = moco_tf("finetune", f"--encoder={encoder}", f"--workdir={tmp_path / 'run'}", "--config=finetune_r50_10pct",
                    "--config.epochs=2", "--config.batch_size=100", "--config.log.tensorboard=false")

@@ -384,7 +384,8 @@ def test_other_models_are_named(names, message):
 @pytest.mark.parametrize("arguments", [
     dict(depth=18, width=0.25), dict(depth=34, width=2), dict(depth=50), dict(depth=101, width=0.5),
     dict(depth=50, groups=32, width_per_group=4), dict(depth=50, groups=32, width_per_group=8), dict(depth=50, width=2),
-    dict(depth=50, width_per_group=128), dict(depth=18, stem="cifar", channels=1)])
+    dict(depth=50, width_per_group=128), dict(depth=18, stem="cifar", channels=1),
+    dict(depth=50, width=2, stem_channels=64), dict(depth=18, width=0.5, stem_channels=64, channels=2)])
 def test_the_architecture_is_read_off_the_shapes(arguments):
     with tf.Graph().as_default():
         shapes = torch_weights.named_shapes(resnet(**arguments))

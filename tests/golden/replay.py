@@ -10,10 +10,12 @@ import os
 import re
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from moco_tf.backbones import BACKBONES
-from moco_tf.backbones.resnet import BLOCKS
+from moco_tf.backbones.alexnet import NUMBERED_LAYERS
+from moco_tf.backbones.resnet import BLOCKS, numbered_layers
 from moco_tf.export.torch_weights import load_into, state_dict
 from moco_tf.heads import HEADS, encoder, predictor
 
@@ -58,22 +60,18 @@ def runs(kind, supported=lambda settings: True):
     return [run for run in found if supported(run.settings)]
 
 
-def cases(kind, supported=lambda settings: True):
+def cases(kind, supported=lambda settings: True, slow=lambda settings: False):
     """Arguments of `pytest.mark.parametrize`: every run of a kind in each of its precisions."""
-    pairs = [(run, tag) for run in runs(kind, supported) for tag in run.tags]
-    return dict(argnames="run, tag", argvalues=pairs, ids=[f"{run.id}-{tag}" for run, tag in pairs])
+    pairs = [pytest.param(run, tag, marks=[pytest.mark.slow] * slow(run.settings), id=f"{run.id}-{tag}")
+             for run in runs(kind, supported) for tag in run.tags]
+    return dict(argnames="run, tag", argvalues=pairs)
 
 
 def has_encoder(settings):
-    """Whether the project has the encoder: RGB, a ResNet of even width or a vision transformer, without a head or with
-    one of the heads of MoCo.
-
-    CMC's encoders and InsDis's wide one (whose stem keeps its width) are not here yet.
-    """
-    backbone = settings["backbone"]
-    return (settings["method"] in (None, "moco", "moco_v1", "moco_v2", "moco_v3", "insdis")
-            and backbone["family"] in BACKBONES and len(settings["branches"]) == 1
-            and backbone.get("stem_channels") in (None, 64 * backbone.get("width_multiplier", 1)))
+    """Whether the project has the encoder, or both of a pair: a ResNet, half an AlexNet or a vision transformer,
+    without a head or with one of its method's."""
+    return (settings["method"] in (None, "moco", "moco_v1", "moco_v2", "moco_v3", "insdis", "cmc")
+            and settings["backbone"]["family"] in BACKBONES)
 
 
 @contextlib.contextmanager
@@ -96,20 +94,22 @@ def strategy_of(replicas):
                                           cross_device_ops=tf.distribute.ReductionToOneDevice())
 
 
-def build_encoder(settings, bn_group_size=None, positions=None):
+def build_encoder(settings, bn_group_size=None, positions=None, branch=0):
     """The encoder of a run, or its backbone where it has no head, with the weights of the rule.
 
     `positions`: the reference's position embedding for a vision transformer, (1 + patches, D); None: our own.
+    `branch`: the number of the view, where each has an encoder of its own.
     """
-    model = _backbone(settings, bn_group_size)
+    model = _backbone(settings, bn_group_size, branch)
     head = settings["head"]
     if head:
         model = encoder(model, lambda features: _head(features, head, bn_group_size))
     if positions is not None:
         model.get_layer("tokens").pos_embed.assign(positions[None])
-    # MoCo v3 calls a ResNet's projector `fc`, a transformer's `head`; here it is `fc` in both.
-    head_name = head["modules"][0]["name"].split(".")[0] if head else "fc"
-    return _with_weights(model, settings, lambda name: re.sub(r"^fc\b", head_name, name))
+    # MoCo v3 calls a ResNet's projector `fc`, a transformer's `head`, and CMC an AlexNet's `fc8.0`; here all are `fc`.
+    head_name = re.sub(r"^(fc|head)\..*", r"\1", head["modules"][0]["name"]) if head else "fc"
+    prefix = settings["branches"][branch]["prefix"]
+    return _with_weights(model, settings, lambda name: prefix + re.sub(r"^fc\b", head_name, name))
 
 
 def build_predictor(settings, bn_group_size=None):
@@ -119,19 +119,34 @@ def build_predictor(settings, bn_group_size=None):
     return _with_weights(model, settings)
 
 
-def _backbone(settings, bn_group_size):
+def layer_names(settings):
+    """The names here of the layers that a run's outputs call `layer1` and so on, but for the head's, the last."""
+    family = settings["backbone"]["family"]
+    if family == "vit":
+        return {}
+    names = NUMBERED_LAYERS if family == "alexnet" else numbered_layers(_depth(settings["backbone"]))
+    return {f"layer{number}": name for number, name in names.items()}
+
+
+def _backbone(settings, bn_group_size, branch):
     backbone = settings["backbone"]
     common = dict(bn_group_size=bn_group_size, size=settings["image_size"],
-                  channels=len(settings["branches"][0]["channels"]))
+                  channels=len(settings["branches"][branch]["channels"]))
+    if backbone["family"] == "alexnet":
+        return BACKBONES["alexnet"](**common)
     if backbone["family"] == "vit":
         return BACKBONES["vit"](
             dim=backbone["embed_dim"], depth=backbone["depth"], heads=backbone["num_heads"],
             patch=backbone["patch_size"], mlp_ratio=backbone["mlp_ratio"], stem=backbone["stem"],
             freeze_patch=backbone["stop_grad_conv1"], **common)
-    depth = next(depth for depth, blocks in BLOCKS.items()
-                 if list(blocks) == backbone["layers"] and (depth >= 50) == (backbone["block"] == "bottleneck"))
-    return BACKBONES["resnet"](depth=depth, width=backbone["width_multiplier"], groups=backbone["groups"],
-                               width_per_group=backbone["width_per_group"], **common)
+    return BACKBONES["resnet"](
+        depth=_depth(backbone), width=backbone["width_multiplier"], groups=backbone["groups"],
+        width_per_group=backbone["width_per_group"], stem_channels=backbone.get("stem_channels"), **common)
+
+
+def _depth(backbone):
+    return next(depth for depth, blocks in BLOCKS.items()
+                if list(blocks) == backbone["layers"] and (depth >= 50) == (backbone["block"] == "bottleneck"))
 
 
 def _head(features, head, bn_group_size):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from moco_tf.views import mixture, ops
+from moco_tf.views import colour, mixture, ops
 
 from . import weights
 from .replay import runs
@@ -88,6 +88,21 @@ def test_blur(photo, compiled):
     for case in photo.settings["blur"]:
         within(error(blur(planes_of(photo), tf.constant(case["sigma"], tf.float32)), photo[f"pil/{case['key']}"]),
                {"mean": bounds["mean"], "max": bounds["max_interior"]})
+
+
+def test_colour_spaces(photo, compiled):
+    """Errors are relative to the range that each channel has in the photo."""
+    def check(function, expected, what):
+        found = compiled(function)(planes_of(photo))
+        errors = error(found, expected) / np.ptp(expected, axis=(0, 1))
+        assert errors.max() <= photo.settings["tolerance"]["space"], what
+
+    for space in photo.settings["spaces"]:
+        check(lambda planes, space=space: colour.convert(planes, space), photo[f"space/{space}"], space)
+    for space, constants in photo.settings["space_normalized"].items():
+        np.testing.assert_allclose(colour.SPACES[space].middle, constants["mean"], rtol=1e-12)
+        np.testing.assert_allclose(colour.SPACES[space].half_range, constants["std"], rtol=1e-12)
+        check(lambda planes, space=space: colour.normalized(planes, space), photo[f"space_normalized/{space}"], space)
 
 
 def test_resized_crops(photo):

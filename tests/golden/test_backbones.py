@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from moco_tf.evaluation.pooling import adaptive_pool
 from moco_tf.losses import unit
 
 from . import replay, weights
@@ -24,34 +25,73 @@ def test_the_rule_draws_the_reference_values(run):
         np.testing.assert_array_equal(weights.draw(rule)[:, :rows, :columns], run[key])
 
 
-@pytest.mark.parametrize(**replay.cases("encoder", replay.has_encoder))
+def _is_slow(settings):
+    return len(settings["branches"]) > 1 and settings["backbone"]["features"] > 2048    # half a minute: ResNet-50 v3
+
+
+@pytest.mark.parametrize(**replay.cases("encoder", replay.has_encoder, _is_slow))
 def test_encoder(run, tag):
     settings = run.settings
     images = weights.draw(settings["inputs"])
     assert "%08x" % zlib.crc32(images.tobytes()) == settings["inputs_crc32"]
+    stages = settings["stages"] if tag == "f32" else []    # stored in float32 only
     with replay.precision(tag):
-        model = replay.build_encoder(settings)
-        stages = settings["stages"] if tag == "f32" else []    # stored in float32 only
-        layers = ["features", *(_stage_output(model, stage) for stage in stages)]
-        outputs = keras.Model(model.input, [model.output, *(model.get_layer(layer).output for layer in layers)])(
-            images[..., settings["branches"][0]["channels"]], training=settings["mode"] == "train")
-        last, pooled, *maps = outputs
-        # InsDis numbers its layers, and its last one is the head with the model's own norm.
-        layers = {"pooled": pooled, "head": last, "layer6": pooled, "layer7": last}
-        if settings["predictor"]:
-            layers["predictor"] = replay.build_predictor(settings)(last, training=settings["mode"] == "train")
+        views = {branch["view"]: _layers(settings, number, images[..., branch["channels"]], stages)
+                 for number, branch in enumerate(settings["branches"])}
 
-    for stage, features in zip(stages, maps):
-        means = tf.reduce_mean(features, axis=(1, 2))[:, :settings["stage_channels"]]
+    first = views[settings["branches"][0]["view"]]
+    for stage in stages:
+        means = REDUCED["spatial_mean"](first[f"stage {stage}"])[:, :settings["stage_channels"]]
         replay.check(run, tag, means, run[f"stage/{stage}"], stage)
-    for key, wanted in settings["outputs"].items():
-        norm = wanted["normalize"] or (wanted["layer"] == "layer7" and settings["head"]["normalize"])
-        value = unit(layers[wanted["layer"]]) if norm else layers[wanted["layer"]]
+    stored = set(run.keys(f"{tag}/"))
+    outputs = {key: wanted for key, wanted in settings["outputs"].items() if f"{tag}/{key}" in stored}
+    assert stored == {f"{tag}/{key}" for key in [*outputs, *(probe["key"] for probe in settings["probes"])]}
+    for key, wanted in outputs.items():
+        value = views[wanted["view"]][wanted["layer"]]
+        value = REDUCED[wanted["reduce"]](unit(value) if wanted["normalize"] else value)
         assert value.dtype == replay.DTYPES[tag]
         replay.check(run, tag, value[:, :wanted["first"]], run[f"{tag}/{key}"], key)
+    for probe in settings["probes"]:
+        scores = _probe(probe, tf.concat([layers[probe["layer"]] for layers in views.values()], -1), settings["seed"])
+        replay.check(run, tag, scores, run[f"{tag}/{probe['key']}"], probe["key"])
     if settings["position_rows"]:
-        positions = model.get_layer("tokens").pos_embed.numpy()[0, settings["position_rows"]]
-        np.testing.assert_allclose(positions, run["pos_embed"], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(first["positions"], run["pos_embed"], rtol=0, atol=1e-6)
+
+
+REDUCED = {None: lambda x: x, "spatial_mean": lambda x: tf.reduce_mean(x, axis=(1, 2)),
+           "flatten_nhwc": lambda x: tf.reshape(x, [len(x), -1])}
+
+
+def _layers(settings, branch, images, stages):
+    """What one encoder makes of its channels: {a layer as the run's outputs and stages call it: value}."""
+    training = settings["mode"] == "train"
+    model = replay.build_encoder(settings, branch=branch)
+    names = {"pooled": "features", **replay.layer_names(settings),
+             **{f"stage {stage}": _stage_output(model, stage) for stage in stages}}
+    values = keras.Model(model.input, [model.output, *(model.get_layer(name).output for name in names.values())])(
+        images, training=training)
+    layers = dict(zip(["head", *names], values))
+    if settings["head"]:    # the layer behind the numbered ones, with the model's own norm where it has one
+        last = unit(layers["head"]) if settings["head"].get("normalize") else layers["head"]
+        layers[f"layer{1 + len(replay.layer_names(settings))}"] = last
+    if settings["predictor"]:
+        layers["predictor"] = replay.build_predictor(settings)(layers["head"], training=training)
+    if settings["position_rows"]:
+        layers["positions"] = model.get_layer("tokens").pos_embed.numpy()[0, settings["position_rows"]]
+    return layers
+
+
+def _probe(probe, features, seed):
+    """Scores of a linear probe with the rule's weights on features of all views, which it flattens channels first."""
+    if probe["pool"]:
+        features = adaptive_pool(features, probe["pool_size"], probe["pool"])
+    if features.shape.rank == 4:
+        features = tf.transpose(features, [0, 3, 1, 2])
+    features = tf.reshape(features, [len(features), probe["in_features"]])
+    shapes = {"weight": (probe["classes"], probe["in_features"]), "bias": (probe["classes"],)}
+    weight, bias = (tf.cast(weights.param(f"{probe['name']}.{part}", shape, seed), features.dtype)
+                    for part, shape in shapes.items())
+    return tf.matmul(features, weight, transpose_b=True) + bias
 
 
 def _stage_output(model, stage):

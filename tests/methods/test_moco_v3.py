@@ -27,7 +27,7 @@ def tiny_config(family, **overrides):
     recipe, smaller = FAMILIES[family]
     return configs.override(configs.load(recipe), **{
         "batch_size": 8, "views.size": 8, "head.hidden_dim": 32, "head.dim": 16, "predictor.hidden_dim": 32,
-        "schedule.warmup_epochs": 0, **smaller, **overrides})
+        "schedule.warmup_epochs": 0, "method.temperature": 0.2, **smaller, **overrides})
 
 
 def batch(step=0, size=8, images=8):

@@ -16,6 +16,7 @@ keras = tf.keras
 
 COLLAPSED_STD = 0.1        # feature_std below this: embeddings are all but alike
 INPUT_BOUND_SHARE = 0.25   # of the time spent waiting for data
+FAR_PARTITION = 3.0        # partition_ratio above this, or below its inverse: Z of NCE is off
 
 
 class Checkpoints:
@@ -197,6 +198,9 @@ class Log(StepCallback):
             "input": record["step"] > 2 * self.every and record["data_wait"] > INPUT_BOUND_SHARE and
             f"{record['data_wait']:.0%} of the time goes into waiting for data: the input pipeline is the limit "
             "(more cores, smaller images, or packed records: `moco-tf data pack`).",
+            "partition": not 1 / FAR_PARTITION < record.get("partition_ratio", 1.0) < FAR_PARTITION and
+            f"Z of NCE is {record.get('partition_ratio', 1.0):.3g} times that of random rows: probabilities are far from "
+            "calibrated. method.partition_momentum=0.99 lets Z follow; the softmax needs none.",
             "bad": record["bad_steps"] > 0 and
             f"{record['bad_steps']:.0f} step(s) had a non-finite loss or gradient and were skipped.",
         }

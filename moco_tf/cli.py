@@ -65,6 +65,10 @@ def _train_classifier(argv, recipe, fast=False):
                             flag_values=values)
     _strategy_flags(values)
     config, _ = _parse(argv, values, config=True, default=recipe)
+    if "encoder" not in config:
+        raise UsageError(f"{argv[0]} needs a config of its own kind, such as {recipe}. Received: "
+                         f"{values.config or f'the workdir {values.workdir}, which holds another run'}. Give --config={recipe}, or "
+                         "another --workdir.")
     print_onednn()
     from moco_tf.distribute import make_strategy, set_intra_op_threads
     from moco_tf.evaluation.classifier import complete_config, train_classifier

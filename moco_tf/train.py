@@ -191,6 +191,10 @@ def check(config, size, replicas, view_names):
         raise UsageError("The queue must hold at least one global batch, or a step would overwrite keys it has just "
                          f"written. Received: method.queue_size {config.method.queue_size}, batch_size {batch}. Raise "
                          "method.queue_size or lower batch_size.")
+    bank = config.method.get("bank_size", 0) if "method" in config else 0
+    if bank not in (0, size):
+        raise UsageError(f"The memory bank has one row for each training image. Received: method.bank_size {bank}, {size} "
+                         "training images. Use 0, for as many as there are.")
     if config.shuffle_bn not in ("input", "cross_replica", "none"):
         raise UsageError(f"shuffle_bn must be input, cross_replica or none. Received: {config.shuffle_bn!r}.")
     if config.epochs < 1:
@@ -406,6 +410,8 @@ def pretrain(config, workdir, strategy=None, reason=""):
     strategy = strategy or tf.distribute.get_strategy()
     set_precision(config.precision)
     train, held_out = open_data(config)
+    if config.method.get("bank_size") == 0:
+        config = configs.override(config, **{"method.bank_size": train.size})
     recipe = view_recipe(config)
     measures = []
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import TINY, moco_tf
+from conftest import ROOT, TINY, moco_tf
 from runs import assert_same_run, final_state, lines, start_and_stop_at
 
 WHOLE = [*TINY, "--config.epochs=1", "--config.checkpoint.every_steps=10"]    # 40 steps

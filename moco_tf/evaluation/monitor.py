@@ -24,7 +24,7 @@ class PretrainingMeasures:
     def __init__(self, options, train, held_out, views, whole, extractor, column, batch_size, workers, seed, unreadable):
         batches = functools.partial(evaluation_batches, batch_size=batch_size, workers=workers)
         apart = Unreadable(held_out, limit=1.0)
-        self.pairs = batches(held_out, views, limit=options.queries, seed=seed, unreadable=apart)
+        self.pairs = batches(held_out, views.pair(), limit=options.queries, seed=seed, unreadable=apart)
         self.labelled = train.num_classes > 0 and held_out.class_names == train.class_names
         self.bank = batches(train, whole, limit=options.bank, unreadable=unreadable)
         self.queries = batches(held_out, whole, limit=options.queries, unreadable=apart)

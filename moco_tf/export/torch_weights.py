@@ -359,12 +359,12 @@ def _call(section):
 
 
 def checkpoint_of(method):
-    """The Checkpoint of a MoCo method: both encoders, and the queue and pointer or the predictor."""
-    predictor, queue = (getattr(method, name, None) for name in ("predictor", "queue"))
+    """The Checkpoint of a method: its encoders, and what it has of a queue with its pointer, and of a predictor."""
+    key_encoder, predictor, queue = (getattr(method, name, None) for name in ("key_encoder", "predictor", "queue"))
     steps = int(method.optimizer.iterations.numpy()) if method.optimizer else 0
     batches = 2 * steps if predictor else steps    # with a predictor, both views pass through both encoders
     state = Checkpoint(
-        "pretraining", state_dict(method.encoder, batches), state_dict(method.key_encoder, batches),
+        "pretraining", state_dict(method.encoder, batches), state_dict(key_encoder, batches) if key_encoder else {},
         predictor=state_dict(predictor, batches) if predictor else None,
         heads=next((layer.heads for layer in method.encoder.layers if isinstance(layer, Block)), 0))
     if queue is None:
@@ -396,7 +396,7 @@ def restore(method, checkpoint, backbone_only=False):
     if checkpoint.kind != "pretraining":
         raise DataError("Pre-training goes on from a pre-training checkpoint. "
                         f"Received: {describe(checkpoint)}. To start from its backbone, ask for the backbone only.")
-    predictor, queue = (getattr(method, name, None) for name in ("predictor", "queue"))
+    key_encoder, predictor, queue = (getattr(method, name, None) for name in ("key_encoder", "predictor", "queue"))
     if checkpoint.queue is not None and (queue is None or checkpoint.queue.shape != tuple(queue.keys.shape)):
         ours = "none" if queue is None else tuple(queue.keys.shape)
         raise DataError("The queue must have as many keys, of as many values, as the method's, "

@@ -68,7 +68,7 @@ class Recipe:
     """
 
     def __init__(self, views, mean, std, xla=True):
-        self.views, self.mean, self.std = dict(views), mean, std
+        self.views, self.mean, self.std, self.xla = dict(views), mean, std, xla
         self.apply_batch = tf.function(self._apply_batch, jit_compile=xla)
         self.apply_batch.__doc__ = self._apply_batch.__doc__
 
@@ -76,6 +76,13 @@ class Recipe:
         """(H, W, 3) uint8, (2,) int32 -> {name: (S, S, 3) uint8}; each view draws for itself."""
         seeds = tf.unstack(ops.split(seed, len(self.views)))
         return {name: view(image, s) for (name, view), s in zip(self.views.items(), seeds)}
+
+    def pair(self):
+        """A recipe of two views, to retrieve one by the other: this one, or its only view drawn twice."""
+        if len(self.views) > 1:
+            return self
+        (name, view), = self.views.items()
+        return Recipe({name: view, f"{name}_again": view}, self.mean, self.std, self.xla)
 
     def _apply_batch(self, images, seeds):
         """(n, H, W, 3) uint8 of static shape, (n, 2) int32 -> {name: (n, S, S, 3) uint8}, as `apply` of each.
@@ -122,6 +129,14 @@ def insdis(size=224, crop_min=0.2, xla=True):
         ops.random_jitter(0.4, 0.4, 0.4, 0.4),
         ops.random_flip(0.5)], xla)
     return Recipe({"query": view}, **IMAGENET, xla=xla)
+
+
+def insdis_cifar(size=32, crop_min=0.2, xla=True):
+    """Instance discrimination's CIFAR-10 script (zhirongw/lemniscate.pytorch): jitter before grey, and no flip."""
+    view = View(size, ops.random_crop(size, (crop_min, 1.0)), [
+        ops.random_jitter(0.4, 0.4, 0.4, 0.4),
+        ops.random_grayscale(0.2)], xla)
+    return Recipe({"query": view}, **CIFAR, xla=xla)
 
 
 def cifar(size=32, crop_min=0.08, xla=True):
@@ -192,6 +207,7 @@ def evaluation(size=224, shorter_side=None, interpolation="bilinear", xla=True):
 
 
 RECIPES = {
-    "moco_v1": moco_v1, "moco_v2": moco_v2, "moco_v3": moco_v3, "insdis": insdis, "cifar": cifar,
+    "moco_v1": moco_v1, "moco_v2": moco_v2, "moco_v3": moco_v3, "insdis": insdis, "insdis_cifar": insdis_cifar,
+    "cifar": cifar,
     "quickstart": quickstart, "train_linear": train_linear, "transfer": transfer, "deit": deit, "eval": evaluation,
 }

@@ -130,7 +130,7 @@ def test_bad_input_is_refused_in_one_line(encoder, tmp_path):
     assert "step-40" in fails(3, f"--encoder={tmp_path / 'other'}")
     assert "even" in fails(2, f"--encoder={encoder}", "--config=finetune_vit_base", "--config.batch_size=63",
                            command="finetune")
-    assert "matches none" in fails(2, f"--encoder={encoder}", "--config=finetune_quickstart", "--config.batch_size=64",
+    assert "matches none" in fails(2, "--encoder=random:moco_v3_vit_tiny_quickstart", "--config=finetune_vit_base",
                                    '--config.optimizer.exclude=("gama",)', command="finetune")
 
 

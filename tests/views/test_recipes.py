@@ -29,6 +29,7 @@ PAPERS = {    # of each view, or of both alike: crop, then stages in order with 
                 ("random_flip", 0.5)],
     "insdis": [("random_crop", (0.2, 1.0)), ("random_grayscale", 0.2), ("random_jitter", 0.4, 0.4, 0.4, 0.4),
                ("random_flip", 0.5)],
+    "insdis_cifar": [("random_crop", (0.2, 1.0)), ("random_jitter", 0.4, 0.4, 0.4, 0.4), ("random_grayscale", 0.2)],
     "cifar": [("random_crop", (0.08, 1.0)), ("random_flip", 0.5), JITTER_V2, ("random_grayscale", 0.2)],
     "moco_v3": {
         "view_1": [("random_crop", (0.08, 1.0)), JITTER_V3, ("random_grayscale", 0.2), ("random_blur", (0.1, 2.0), 1.0),
@@ -63,6 +64,7 @@ def test_recipe_is_the_papers(monkeypatch, name):
 @pytest.mark.parametrize("name, views", [
     ("moco_v1", {"query", "key"}), ("moco_v2", {"query", "key"}), ("cifar", {"query", "key"}),
     ("quickstart", {"query", "key"}), ("moco_v3", {"view_1", "view_2"}), ("insdis", {"query"}),
+    ("insdis_cifar", {"query"}),
     ("train_linear", {"image"}), ("transfer", {"image"}), ("deit", {"image"}), ("eval", {"image"})])
 def test_views_have_names_shapes_and_constants(name, views):
     recipe = RECIPES[name](size=16)
@@ -178,3 +180,10 @@ def test_eval_may_be_bicubic(height, width):
 def test_unknown_interpolation_is_refused():
     with pytest.raises(UsageError, match="one of bilinear, bicubic. Received: 'lanczos'"):
         RECIPES["eval"](interpolation="lanczos")
+
+
+def test_a_pair_of_views_to_retrieve_one_by_the_other():
+    two, one = RECIPES["moco_v2"](size=16), RECIPES["insdis"](size=16)
+    assert two.pair() is two
+    drawn = one.pair().apply(tf.constant(noise(20, 33, 3)), tf.constant([1, 2]))
+    assert set(drawn) == {"query", "query_again"} and np.any(drawn["query"] != drawn["query_again"])

@@ -1,0 +1,230 @@
+"""InsDis: where its losses start, how the bank moves, and that replicas, XLA and both kinds of draw agree."""
+
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from moco_tf.errors import UsageError
+from moco_tf.methods.insdis import InsDis
+from moco_tf.optim.sgd import SGD
+
+keras = tf.keras
+KINDS = {"nce": dict(loss="nce", num_negatives=12),
+         "followed": dict(loss="nce", num_negatives=12, partition_momentum=0.9),
+         "softmax": dict(loss="softmax", num_negatives=12), "full": dict(loss="full"),
+         "shared": dict(loss="nce", num_negatives=12, shared_negatives=True)}
+
+
+def build(dim=16, bank_size=40, temperature=0.2, jit_compile=False, lr=0.1, **options):
+    keras.utils.set_random_seed(0)
+    images = keras.Input((4, 4, 3))
+    embedding = keras.layers.Dense(dim, use_bias=False, name="embedding")
+    encoder = keras.Model(images, embedding(keras.layers.Flatten()(images)))
+    method = InsDis(encoder, dim=dim, bank_size=bank_size, temperature=temperature, **options)
+    method.compile(optimizer=SGD(lr), jit_compile=jit_compile)
+    method.optimizer.build(method.trainable_weights)
+    return method
+
+
+def batch(step=0, images=8, bank_size=40):
+    rng = np.random.default_rng(step)
+    return {"query": tf.constant(rng.normal(size=(images, 4, 4, 3)), keras.backend.floatx()),
+            "index": tf.constant(rng.permutation(bank_size)[:images])}
+
+
+def state(method):
+    return {v.name: v.numpy() for v in [*method.weights, *method.optimizer.variables]}
+
+
+@pytest.mark.parametrize("loss, negatives, temperature, expected", [
+    ("softmax", 4096, 0.07, 9.12), ("nce", 4096, 0.07, 10.11), ("softmax", 16384, 0.07, 10.50),
+    ("nce", 16384, 0.07, 11.50), ("softmax", 4096, 0.1, 8.71), ("nce", 4096, 0.1, 9.71)])
+def test_the_first_loss_of_random_features(loss, negatives, temperature, expected):
+    """ln(K + 1) + 1 / (2 C T^2), one more for NCE with C = 128: figures of the reference, to 0.1."""
+    logs = first_step(1024, loss=loss, num_negatives=negatives, temperature=temperature, shared_negatives=True)
+    assert abs(float(logs["loss"]) - expected) < 0.1
+    if loss == "nce":
+        assert abs(float(logs["partition_ratio"]) - 1) < 0.02
+
+
+@pytest.mark.parametrize("loss, expected", [("softmax", 9.12), ("nce", 10.11)])
+def test_the_first_loss_with_negatives_of_each_querys_own(loss, expected):
+    # The positives' logits have a deviation of 1.3, their mean over so few queries one of 0.16.
+    assert abs(float(first_step(64, loss=loss, num_negatives=4096, temperature=0.07)["loss"]) - expected) < 0.4
+
+
+def first_step(images, **options):
+    return build(dim=128, bank_size=20000, **options).train_step(batch(images=images, bank_size=20000))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_moves_the_rows_of_its_images_towards_their_features(kind):
+    method = build(**KINDS[kind])
+    before, views = method.bank.rows.numpy(), batch()
+    index = views["index"].numpy()
+    features = method.encoder(views["query"]).numpy()
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    method.train_step(views)
+    mixed = 0.5 * before[index] + 0.5 * features
+    np.testing.assert_allclose(method.bank.rows.numpy()[index], mixed / np.linalg.norm(mixed, axis=1, keepdims=True),
+                               rtol=1e-5, atol=1e-6)
+    others = np.setdiff1d(np.arange(40), index)
+    np.testing.assert_array_equal(method.bank.rows.numpy()[others], before[others])
+
+
+def test_the_full_softmax_is_over_all_rows():
+    method, views = build(loss="nce", num_negatives=0), batch()    # no negatives to draw: the full softmax
+    features = method.encoder(views["query"]).numpy()
+    logits = features / np.linalg.norm(features, axis=1, keepdims=True) @ method.bank.rows.numpy().T / 0.2
+    own = logits[np.arange(8), views["index"]]
+    total = np.exp(logits).sum(axis=1)
+    logs = method.train_step(views)
+    np.testing.assert_allclose(logs["loss"], np.mean(np.log(total) - own), rtol=1e-5)
+    np.testing.assert_allclose(logs["accuracy"], np.mean(own == logits.max(axis=1)))
+    np.testing.assert_allclose(logs["positive_probability"], np.mean(np.exp(own) / total), rtol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [1.0, 0.9])
+def test_z_stays_at_its_first_estimate_or_follows(momentum):
+    method = build(loss="nce", num_negatives=12, partition_momentum=momentum)
+    assert float(method.partition) == -1
+    followed = []
+    for step in range(3):
+        method.train_step(batch(step))
+        followed.append(float(method.partition))
+    assert followed[0] > 0 and (followed[0] == followed[1] == followed[2]) == (momentum == 1)
+
+
+def test_shared_and_own_draws_expect_the_same_loss():
+    """Over many steps of an encoder that does not learn, on a bank that does not move."""
+    drawn = []
+    for shared in (False, True):
+        method = build(loss="softmax", num_negatives=12, momentum=1.0, lr=0.0, shared_negatives=shared)
+        method.bank.rows.assign(tf.math.l2_normalize(method.bank.rows, axis=1))
+        step, views = tf.function(method.train_step), batch()
+        drawn.append([float(step(views)["loss"]) for _ in range(300)])
+    error = math.hypot(*np.std(drawn, axis=1)) / math.sqrt(300)
+    assert abs(np.mean(drawn[0]) - np.mean(drawn[1])) < 4 * error
+    assert error < 0.02
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_non_finite_step_leaves_bank_and_z(kind):
+    method = build(**KINDS[kind])
+    before, views = state(method), batch()
+    views["query"] = tf.tensor_scatter_nd_update(views["query"], [[0, 0, 0, 0]], [float("nan")])
+    logs = tf.function(method.train_step)(views)
+    after = state(method)
+    assert int(logs["bad_steps"]) == 1
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert all("bad_" in name or "_bad" in name or "iteration" in name for name in changed), changed
+    assert math.isfinite(float(tf.function(method.train_step)(batch(1))["loss"]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_step_compiles_and_agrees(kind):
+    methods = [build(**KINDS[kind]) for _ in range(2)]
+    steps = [tf.function(methods[0].train_step), tf.function(methods[1].train_step, jit_compile=True)]
+    for step in range(3):
+        plain, compiled = (one(batch(step)) for one in steps)
+        np.testing.assert_allclose(plain["loss"], compiled["loss"], rtol=1e-5)
+    one, other = map(state, methods)
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replicas_train_as_one(kind):
+    """Five steps in float64, the bank and Z among the weights; an image comes twice, on different replicas."""
+    keras.backend.set_floatx("float64")
+    keras.mixed_precision.set_global_policy("float64")
+    try:
+        trained = [train_five_steps(kind, replicas) for replicas in (1, 2, 4)]
+    finally:
+        keras.backend.set_floatx("float32")
+        keras.mixed_precision.set_global_policy("float32")
+    for several in trained[1:]:
+        for name, value in trained[0].items():
+            np.testing.assert_allclose(several[name], value, rtol=1e-9, atol=1e-9, err_msg=name)
+
+
+def train_five_steps(kind, replicas):
+    """{name: value} of the losses and of all variables, which must be equal on all replicas."""
+    strategy = tf.distribute.get_strategy()
+    if replicas > 1:    # without collective kernels, whose keys clash between the strategies of one process
+        strategy = tf.distribute.MirroredStrategy([f"/cpu:{i}" for i in range(replicas)],
+                                                  cross_device_ops=tf.distribute.ReductionToOneDevice())
+    with strategy.scope():
+        method = build(**KINDS[kind])
+        step_of_all = tf.function(lambda views: strategy.run(method.train_step, args=(views,)))
+        losses = []
+        for step in range(5):
+            views = batch(step)
+            views["index"] = tf.concat([views["index"][:7], views["index"][1:2]], axis=0)
+            share = 8 // replicas
+            dealt = {name: strategy.experimental_distribute_values_from_function(
+                lambda context, view=view: view[context.replica_id_in_sync_group * share:][:share])
+                for name, view in views.items()}
+            losses.append(float(strategy.experimental_local_results(step_of_all(dealt)["loss"])[0]))
+    values = {"losses": losses}
+    for variable in [*method.weights, *method.optimizer.variables]:
+        first, *others = (copy.numpy() for copy in strategy.experimental_local_results(variable))
+        assert len(others) == replicas - 1 and all(np.array_equal(first, other) for other in others), variable.name
+        values[variable.name] = first
+    return values
+
+
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision_trains_with_float32_losses_and_memory(precision):
+    keras.mixed_precision.set_global_policy(precision)
+    try:
+        method = build(**KINDS["nce"])
+        views = batch()
+        views["query"] = tf.cast(views["query"], method.encoder.compute_dtype)
+        logs = tf.function(method.train_step)(views)
+    finally:
+        keras.mixed_precision.set_global_policy("float32")
+    assert logs["loss"].dtype == method.bank.rows.dtype == method.partition.dtype == tf.float32
+    assert int(logs["bad_steps"]) == 0 and math.isfinite(float(logs["loss"]))
+
+
+def test_bank_and_z_are_in_the_checkpoint(tmp_path):
+    method = build(**KINDS["nce"])
+    method.train_step(batch())
+    path = tf.train.Checkpoint(method).write(str(tmp_path / "saved"))
+    again = build(**{**KINDS["nce"], "seed": 1})
+    assert not np.array_equal(again.bank.rows, method.bank.rows)
+    tf.train.Checkpoint(again).read(path).expect_partial()
+    for one, other in ((method.bank.rows, again.bank.rows), (method.partition, again.partition)):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("options, told", [
+    (dict(loss="hinge"), "method.loss must be one of nce, softmax, full. Received: 'hinge'"),
+    (dict(bank_size=0), "number of training images. Received: 0"),
+    (dict(loss="nce", num_negatives=41), "Received: 41 negatives, 40 images"),
+    (dict(loss="full", num_negatives=4), "Received: method.num_negatives 4")])
+def test_settings_that_cannot_be_are_refused_in_one_line(options, told):
+    with pytest.raises(UsageError, match=told) as refused:
+        build(**options)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_that_the_bank_does_not_know_stops_the_run(kind):
+    views = batch()
+    views["index"] = tf.tensor_scatter_nd_update(views["index"], [[3]], tf.constant([40], tf.int64))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="0 to 39"):
+        tf.function(build(**KINDS[kind]).train_step)(views)
+
+
+def test_chance_is_what_rows_alike_give():
+    alike = {**batch(), "query": tf.ones((8, 4, 4, 3))}
+    expectations = {"nce": math.log(13) + 12 * math.log(13 / 12), "softmax": math.log(13), "full": math.log(40)}
+    for kind, expected in expectations.items():
+        method = build(**KINDS[kind])
+        method.bank.rows.assign(tf.fill((40, 16), 0.25))
+        assert method.chance_loss(8) == pytest.approx(expected)
+        np.testing.assert_allclose(method.train_step(alike)["loss"], expected, rtol=1e-5)

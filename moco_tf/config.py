@@ -18,6 +18,7 @@ from moco_tf.errors import UsageError
 RUN_DEFAULTS = dict(
     seed=0,
     bn_group_size=32,            # images that share batch statistics; 0: each replica's whole batch
+    branches=(),                 # ((name, channels), ...): an encoder for each; (): one for the whole image
     shuffle_bn="input",          # "input": in the pipeline; "cross_replica": inside the step; "none"
     precision="float32",         # "float32", "bfloat16" or "float16" (with loss scaling)
     jit_compile=False,           # compile the whole step by XLA: for accelerators
@@ -26,15 +27,18 @@ RUN_DEFAULTS = dict(
     max_bad_steps=20,            # non-finite steps in a row before the run stops
     data=dict(
         path="", split="train", data_dir="",
+        channels=3,              # of an image; other than 3 of PNG files (1, 2, 4), tfds and arrays
         classes=(),              # of a folder: the class folders to keep; () for all
         feature="",              # of tfds: the image's name in an example; "" for "image"
         download=False,          # of tfds: prepare the data first where they are not
         eval_split="",           # held-out images for the monitors; "": the source's usual one, or a part set apart
         holdout=0.02,            # the part set apart where there is no such split
         fraction=1.0,            # of the training images; below 1 the same share of each class
+        normalize="step",        # of pre-training: first in the step, or "input": in the pipeline (4 times the bytes)
         repeats=1,               # views of an image that follow each other (repeated augmentation)
         max_unreadable=0.01,     # of the images; above it the run stops
         workers=0),              # parallel calls; 0: by the number of cores
+    mixture=dict(name="none"),   # image mixtures of pre-training; in the pipeline: views/image_mixture.py
     optimizer=dict(clip_norm=0.0),    # > 0: global norm that gradients are scaled down to
     schedule=dict(),
     checkpoint=dict(every_steps=1000, keep=2),

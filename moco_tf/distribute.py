@@ -72,12 +72,48 @@ def first_row(rows_per_replica):
     return tf.distribute.get_replica_context().replica_id_in_sync_group * rows_per_replica
 
 
+def own_rows(rows, count):
+    """Of (R * count, ...) gathered rows the (count, ...) of this replica."""
+    if tf.distribute.get_replica_context().num_replicas_in_sync == 1:
+        return rows
+    begin = tf.stack([first_row(count), *[0] * (len(rows.shape) - 1)])
+    return tf.slice(rows, begin, [count, *rows.shape[1:]])    # of a static shape, which XLA needs
+
+
+def sum_over_replicas(value):
+    """A tensor -> the sum of all replicas' tensors of its place."""
+    context = tf.distribute.get_replica_context()
+    if context.num_replicas_in_sync == 1:
+        return value
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, value)
+
+
 def mean_over_replicas(values):
     """A nest of tensors -> the nest of their means over the replicas."""
     context = tf.distribute.get_replica_context()
     if context.num_replicas_in_sync == 1:
         return values
     return context.all_reduce(tf.distribute.ReduceOp.MEAN, values)
+
+
+def variable_per_replica(shape, dtype, name):
+    """A variable, zeros at first, of which each replica reads and writes a value of its own by the variable's `handle`.
+
+    Returns:
+        (variable, its R values: plain variables, in rank order).
+
+    Raises:
+        UsageError: some of the replicas are another process's.
+    """
+    strategy = tf.distribute.get_strategy()
+    variable = tf.Variable(tf.zeros(shape, dtype), trainable=False, name=name,
+                           synchronization=tf.VariableSynchronization.ON_READ, aggregation=tf.VariableAggregation.NONE)
+    values = strategy.experimental_local_results(variable)
+    if len(values) != strategy.num_replicas_in_sync:
+        raise UsageError("A variable that differs between replicas must have them all in one process, which saves it. "
+                         f"Received: {len(values)} of {strategy.num_replicas_in_sync} replicas here. Use the strategy "
+                         "default, mirrored or tpu.")
+    return variable, values
 
 
 def update_copies(update, variables, values):
@@ -123,3 +159,88 @@ def apply_gradients_if(condition, optimizer, gradients, variables):
                 skip)
 
     context.merge_call(everywhere, args=(condition, list(gradients)))
+
+
+class ReplicaOfMany(tf.distribute.Strategy):
+    """One of R replicas, alone on one device, for a compiler to look at: its step is traced, never run.
+
+    Inside a step it does what TPUStrategy does: a variable has one copy, which this replica sees, and what is assigned to
+    it is aggregated over the replicas first. What the replicas exchange is up to `collective`.
+
+    Args:
+        replicas: R.
+        collective: (kind, value, shape) -> a tensor of `value`'s dtype and that shape, in the place of an "all-gather"
+            of rows, an "all-reduce" by a sum, or an "all-to-all" of one value to each replica.
+    """
+
+    def __init__(self, replicas, collective):
+        super().__init__(_ReplicaOfMany(self, replicas, collective))
+
+    def trace(self, step, replica, *args):
+        """`step(*args)` as the replica of number `replica` (a tensor: the program is the same for all) runs it."""
+        with self.scope(), _ReplicaOfManyContext(self, replica):
+            return step(*args)
+
+
+class _ReplicaOfManyContext(tf.distribute.ReplicaContext):
+    def all_gather(self, value, axis, options=None):
+        @tf.custom_gradient
+        def gathered(value):
+            def gradient(upstream):
+                return own_rows(self.all_reduce(tf.distribute.ReduceOp.SUM, upstream), value.shape[0])
+
+            shape = [self.num_replicas_in_sync * value.shape[0], *value.shape[1:]]
+            return self.strategy.extended.collective("all-gather", value, shape), gradient
+
+        return gathered(tf.convert_to_tensor(value))
+
+
+class _ReplicaOfMany(tf.compat.v1.distribute.StrategyExtended):
+    """What TensorFlow asks of a strategy; the names are its own."""
+
+    def __init__(self, strategy, replicas, collective):
+        super().__init__(strategy)
+        self.replicas, self.collective = replicas, collective
+
+    @property
+    def _num_replicas_in_sync(self):
+        return self.replicas
+
+    def _create_variable(self, next_creator, **kwargs):
+        variable = next_creator(**kwargs)
+        for name in ("assign", "assign_add", "assign_sub"):
+            setattr(variable, name, self._aggregating(getattr(variable, name), variable.aggregation))
+        return variable
+
+    def _aggregating(self, assign, aggregation):
+        def of_all(value, *args, **kwargs):
+            if not tf.distribute.in_cross_replica_context() and tf.is_tensor(value):
+                if aggregation == tf.VariableAggregation.MEAN:
+                    value = self._reduce_to(tf.distribute.ReduceOp.MEAN, value, None, None)
+                elif aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA:
+                    value = self.collective("all-to-all", tf.stack([value] * self.replicas), [self.replicas, *value.shape])[0]
+            return assign(value, *args, **kwargs)
+
+        return of_all
+
+    def _call_for_each_replica(self, fn, args, kwargs):
+        with _ReplicaOfManyContext(self._container_strategy(), 0):
+            return fn(*args, **kwargs)
+
+    def _reduce_to(self, reduce_op, value, destinations, options):
+        if reduce_op == tf.distribute.ReduceOp.MEAN:
+            value = value * tf.cast(1 / self.replicas, value.dtype)
+        return self.collective("all-reduce", value, value.shape)
+
+    def _update(self, var, fn, args, kwargs, group):
+        result = fn(var, *args, **kwargs)
+        return result if group else (result,)
+
+    def _local_results(self, value):
+        return (value,) * self.replicas
+
+    def _get_local_replica_id(self, replica_id_in_sync_group):
+        return replica_id_in_sync_group
+
+    def value_container(self, value):
+        return value

@@ -7,13 +7,19 @@ from moco_tf.distribute import update_copies
 keras = tf.keras
 
 
+def copy_of(encoder):
+    """A twin of `encoder` with equal weights and statistics."""
+    twin = keras.models.clone_model(encoder)
+    twin.set_weights(encoder.get_weights())
+    return twin
+
+
 def momentum_copy(encoder):
-    """A twin of `encoder` with equal weights and statistics, none of them trainable.
+    """As `copy_of`, with none of the weights trainable.
 
     Our BatchNorm does not look at `trainable`: the twin still normalises by the batch, and keeps statistics of its own.
     """
-    twin = keras.models.clone_model(encoder)
-    twin.set_weights(encoder.get_weights())
+    twin = copy_of(encoder)
     twin.trainable = False
     return twin
 

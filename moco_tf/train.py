@@ -17,24 +17,27 @@ import tensorflow as tf
 from moco_tf import __version__
 from moco_tf import config as configs
 from moco_tf.backbones import BACKBONES
+from moco_tf.backbones.branches import branched_backbone, branched_head
 from moco_tf.callbacks import (Checkpoints, Every, Log, Monitor, StopOnSignal, StopWhenDiverged, keep_lines, read_lines,
                                saved_checkpoints, step_of)
 from moco_tf.data import sources
-from moco_tf.data.pipeline import BatchClock, Unreadable, training_batches
+from moco_tf.data.pipeline import BatchClock, Unreadable, partners_of, training_batches
 from moco_tf.errors import DataError, UsageError
 from moco_tf.evaluation.features import Extractor
 from moco_tf.evaluation.monitor import PretrainingMeasures
 from moco_tf.files import write_file
 from moco_tf.heads import HEADS, encoder, predictor
 from moco_tf.methods import METHODS
+from moco_tf.methods.image_mixture import unmixed
 from moco_tf.optim import OPTIMIZERS
 from moco_tf.optim.schedules import EpochSchedule
-from moco_tf.views.ops import normalize
+from moco_tf.views.image_mixture import MIXTURES
 from moco_tf.views.recipes import RECIPES
 
 keras = tf.keras
 
 FEATURES = ("backbone", "embedding")
+NORMALIZE = ("step", "input")
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16": "mixed_float16", "float64": "float64"}
 
 
@@ -83,7 +86,21 @@ def evaluation_recipe(size, source, **options):
 def normalizer(recipe):
     """uint8 images -> what the encoder takes, of the compute dtype of the Keras policy."""
     dtype = keras.mixed_precision.global_policy().compute_dtype
-    return functools.partial(normalize, mean=recipe.mean, std=recipe.std, dtype=dtype)
+    return functools.partial(recipe.normalize, dtype=dtype)
+
+
+def image_mixture(config):
+    """The mixture of a config that is a stage of the pipeline; None: there is none, or it is the method's."""
+    if config.mixture.name in ("none", "unmix"):
+        return None
+    return construct(MIXTURES, config.mixture, "mixture")
+
+
+def normalized_in_input(config):
+    """Whether views leave the pipeline normalised, as an image mixture needs them; otherwise the step normalises."""
+    if config.data.normalize not in NORMALIZE:
+        raise UsageError(f"data.normalize must be one of {', '.join(NORMALIZE)}. Received: {config.data.normalize!r}.")
+    return config.data.normalize == "input" or image_mixture(config) is not None
 
 
 def set_precision(precision):
@@ -94,11 +111,18 @@ def set_precision(precision):
 
 
 def build_encoder(config):
-    """The query encoder of a config: images (N, S, S, 3) -> embeddings (N, C)."""
-    size, group = config.views.get("size", 224), config.bn_group_size or None
-    backbone = construct(BACKBONES, config.backbone, "backbone", size=size, bn_group_size=group)
-    return encoder(backbone, lambda features: construct(HEADS, config.head, "head", dict(bn_group_size=group),
-                                                        features=features))
+    """The query encoder of a config: images (N, S, S, channels) -> embeddings (N, C), or (N, V * C) of V branches."""
+    size, group, branches = config.views.get("size", 224), config.bn_group_size or None, config.branches
+
+    def backbone(channels):
+        return construct(BACKBONES, config.backbone, "backbone", size=size, bn_group_size=group, channels=channels)
+
+    def head(features):
+        return construct(HEADS, config.head, "head", dict(bn_group_size=group), features=features)
+
+    if not branches:
+        return encoder(backbone(config.data.channels), head)
+    return encoder(branched_backbone(branches, backbone, size), lambda features: branched_head(branches, head, features))
 
 
 def build_method(config, steps_per_epoch, normalize_views=None):
@@ -109,7 +133,11 @@ def build_method(config, steps_per_epoch, normalize_views=None):
     if "predictor" in config:
         offered["predictor"] = predictor(dim=config.head.dim, bn_group_size=config.bn_group_size or None,
                                          **config.predictor)
-    method = construct(METHODS, config.method, "method", offered, encoder=build_encoder(config),
+    methods = dict(METHODS)
+    if config.mixture.name == "unmix" and config.method.name in methods:
+        methods[config.method.name] = construct({"unmix": unmixed}, config.mixture, "mixture", dict(seed=config.seed),
+                                                method=METHODS[config.method.name])
+    method = construct(methods, config.method, "method", offered, encoder=build_encoder(config),
                        **step_options(config, normalize_views))
     return compile_method(method, config, steps_per_epoch)
 
@@ -152,6 +180,7 @@ def open_data(config):
 def _open_splits(data):
     common = dict(name=data.name, path=data.path, data_dir=data.data_dir)
     others = {key: data[key] for key in ("classes", "feature", "download") if data[key]}
+    others.update({"channels": data.channels} if data.channels != 3 else {})
     train = sources.open_source(split=data.split, **common, **others)
     if data.eval_split or sources.has_split(split="val", **common):
         return train, sources.open_source(split=data.eval_split or "val", **common, **others)
@@ -187,14 +216,16 @@ def check(config, size, replicas, view_names):
     if config.bn_group_size > 0 and here % group:
         raise UsageError(f"bn_group_size must divide the batch of a replica. Received: bn_group_size {group}, "
                          f"batch_size {batch} over {replicas} replica(s) = {here}. It may be any divisor of {here}.")
-    if "method" in config and config.method.get("queue_size", batch) < batch:
-        raise UsageError("The queue must hold at least one global batch, or a step would overwrite keys it has just "
-                         f"written. Received: method.queue_size {config.method.queue_size}, batch_size {batch}. Raise "
+    if "method" in config and config.method.get("queue_size", 2 * batch) < batch * (1 + config.method.get("symmetric", 0)):
+        raise UsageError("The queue must hold the keys of at least one step, or it would overwrite some that it has just "
+                         f"written. Received: method.queue_size {config.method.queue_size}, batch_size {batch}"
+                         f"{', each image with two keys' if config.method.get('symmetric') else ''}. Raise "
                          "method.queue_size or lower batch_size.")
-    bank = config.method.get("bank_size", 0) if "method" in config else 0
-    if bank not in (0, size):
-        raise UsageError(f"The memory bank has one row for each training image. Received: method.bank_size {bank}, {size} "
-                         "training images. Use 0, for as many as there are.")
+    for key in ("bank_size", "num_images"):    # a memory bank's rows, and n of NCE
+        count = config.method.get(key, 0) if "method" in config else 0
+        if count not in (0, size):
+            raise UsageError(f"method.{key} is the number of training images. Received: {count}, and {size} training "
+                             "images. Use 0, for as many as there are.")
     if config.shuffle_bn not in ("input", "cross_replica", "none"):
         raise UsageError(f"shuffle_bn must be input, cross_replica or none. Received: {config.shuffle_bn!r}.")
     if config.epochs < 1:
@@ -309,7 +340,7 @@ class Outcome:
 
 
 def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), view_names=("image",),
-        steps_per_epoch=0, encoder="", **batch_options):
+        steps_per_epoch=0, encoder="", normalized=False, **batch_options):
     """Trains a method in a workdir to its last step; a workdir that holds the same run is resumed.
 
     Args:
@@ -325,6 +356,7 @@ def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), v
         view_names: that the method takes.
         steps_per_epoch: 0: as many whole batches as there are.
         encoder: as of `open_workdir`.
+        normalized: whether the pipeline normalises the views, and not the step.
         batch_options: further arguments of `training_batches`.
 
     Returns:
@@ -351,11 +383,13 @@ def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), v
     print("\n".join([*lines, *resuming]), flush=True)
     unreadable = Unreadable(train, config.data.max_unreadable)
     draw = functools.partial(
-        training_batches, train, recipe, config.batch_size, steps_per_epoch, config.seed, first_step,
-        bn_group_size=bn_group(config, replicas), workers=config.data.workers, unreadable=unreadable, **batch_options)
+        training_batches, train, batch_size=config.batch_size, steps_per_epoch=steps_per_epoch, seed=config.seed,
+        first_step=first_step, bn_group_size=bn_group(config, replicas), workers=config.data.workers,
+        unreadable=unreadable, **batch_options)
 
     def batches(context):
-        return draw(replicas=replicas // context.num_input_pipelines, context=context, clock=clock)
+        return draw(recipe=recipe.normalized() if normalized else recipe, context=context, clock=clock,
+                    replicas=replicas // context.num_input_pipelines)
 
     log = Log(first_step, total_steps, steps_per_epoch, config.batch_size, config.log.every_steps,
               f"{workdir}/metrics.jsonl", writer, clock, method.chance_loss(config.batch_size), build_schedule(config, steps_per_epoch))
@@ -375,7 +409,7 @@ def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), v
             if first_step < total_steps:
                 dataset = strategy.distribute_datasets_from_function(batches)
                 if first_step == 0:
-                    _show_views(draw(shuffle=False), recipe, workdir, writer)
+                    _show_views(draw(recipe=recipe, shuffle=False), recipe, workdir, writer)
                 method.fit(dataset, steps_per_epoch=total_steps - first_step, epochs=1, verbose=0,
                            callbacks=[log, *after])
                 if step_of(checkpoints.good) != total_steps:
@@ -410,8 +444,9 @@ def pretrain(config, workdir, strategy=None, reason=""):
     strategy = strategy or tf.distribute.get_strategy()
     set_precision(config.precision)
     train, held_out = open_data(config)
-    if config.method.get("bank_size") == 0:
-        config = configs.override(config, **{"method.bank_size": train.size})
+    for count in ("bank_size", "num_images"):
+        if config.method.get(count) == 0:
+            config = configs.override(config, **{f"method.{count}": train.size})
     recipe = view_recipe(config)
     measures = []
 
@@ -429,7 +464,8 @@ def pretrain(config, workdir, strategy=None, reason=""):
                   build=lambda steps_per_epoch: build_method(config, steps_per_epoch, normalizer(recipe)),
                   monitor_of=monitor_of,
                   lines=_announcement(config, train, held_out, strategy.num_replicas_in_sync, reason),
-                  view_names=view_names(config), shuffle=config.shuffle_bn == "input", repeats=config.data.repeats)
+                  view_names=view_names(config), shuffle=config.shuffle_bn == "input", repeats=config.data.repeats,
+                  mixture=image_mixture(config), normalized=normalized_in_input(config))
     if measures and config.log.embeddings:
         write_projector(workdir, *measures[0].whole_images(measures[0].queries))
     return write_results(config, workdir, outcome, train, strategy.num_replicas_in_sync,
@@ -474,13 +510,29 @@ def data_lines(config, train, held_out, steps_per_epoch):
     return [f"{train.size} images{f' in {train.num_classes} classes' if train.num_classes else ', no labels'}, "
             f"{held_out.size if held_out else 'no'} held out; {config.epochs} epochs of {steps_per_epoch} steps of "
             f"{config.batch_size} images; learning rate {learning_rate(config):.4g} "
-            f"({config.optimizer.lr_per_256:.4g} per 256); {config.precision}"]
+            f"({config.optimizer.lr_per_256:.4g} per 256); {config.precision}", *_view_lines(config, train)]
+
+
+def _view_lines(config, train):
+    """What is odd about the views; lines."""
+    lines, mixture, space = [], image_mixture(config), view_recipe(config).space
+    if mixture and partners_of(mixture, train) != mixture.partners:
+        lines.append(f"note: {config.data.name} data are read as a stream, so that images are mixed with others of the "
+                     "same batch, and not with any.")
+    if space:
+        share = sources.grey_share(train)
+        if share > 1 / 3:
+            lines.append(f"note: {share:.0%} of a sample of the training images are grey, so that their chroma in {space} is "
+                         "the same everywhere: that view of them holds little, and neither finds the other.")
+    return lines
 
 
 def _show_views(dataset, recipe, workdir, writer, count=8):
-    """The first images' views, as a picture in the workdir and in TensorBoard: a row for each view."""
+    """The first images' views, as a picture in the workdir and in TensorBoard: a row for each view. Levels, before a
+    colour space and normalisation; image mixtures are shown as they mix levels. Of more than 3 channels the first 3."""
     batch = next(iter(dataset))
     rows = [np.concatenate(list(batch[name][:count].numpy()), axis=1) for name in recipe.views]
+    rows = [row[..., :3] if row.shape[-1] >= 3 else row[..., :1] for row in rows]
     grid = np.concatenate(rows, axis=0)
     with tf.io.gfile.GFile(f"{workdir}/views.png", "wb") as file:
         file.write(tf.io.encode_png(grid).numpy())

@@ -1,22 +1,27 @@
-"""Encoded bytes of an image file → (H, W, 3) uint8, in the graph, by what the bytes are and not by the file's name."""
+"""Encoded bytes of an image file → (H, W, C) uint8, in the graph, by what the bytes are and not by the file's name."""
 
 import tensorflow as tf
 
 
-def decode_image(encoded):
+def decode_image(encoded, channels=3):
     """Decodes JPEG (grey, RGB, CMYK, YCCK), PNG (1 to 16 bits, grey, palette, alpha), BMP and GIF (the first frame).
 
-    Alpha is dropped, grey is repeated, 16 bits are cut to the upper 8. Of BMP, 8 (palette), 24 and 32 bits a pixel.
+    As RGB: alpha is dropped, grey is repeated. 16 bits are cut to the upper 8. Of BMP, 8 (palette), 24 and 32 bits a
+    pixel.
 
     Args:
         encoded: () string, the whole content of a file.
+        channels: 3: RGB, from whatever it is. Another number: of a PNG that has so many, as they are: 1 (grey), 2 (grey
+            and alpha) or 4 (RGB and alpha, where a fourth measurement such as depth can stand).
 
     Returns:
-        (H, W, 3) uint8, RGB.
+        (H, W, channels) uint8.
 
     Raises:
         tf.errors.InvalidArgumentError: when the bytes are cut off, or are no such image.
     """
+    if channels != 3:
+        return tf.ensure_shape(tf.io.decode_png(encoded), (None, None, channels))
     # libjpeg's exact integer transform, the one Pillow uses: TensorFlow's default is the fast, less exact one.
     image = tf.cond(
         tf.io.is_jpeg(encoded),

@@ -61,7 +61,8 @@ class BatchClock:
 
 
 def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_step=0, shuffle=True, bn_group_size=0,
-                     labels=False, repeats=1, replicas=1, context=None, workers=0, unreadable=None, clock=None):
+                     labels=False, repeats=1, mixture=None, replicas=1, context=None, workers=0, unreadable=None,
+                     clock=None):
     """Batches of views without end, from global step `first_step` on.
 
     Args:
@@ -78,6 +79,7 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
             the last batch of a pass, else what makes the batch's mean one over its real rows.
         repeats: views of an image that follow each other in the order, and are dealt to the replicas in turn (repeated
             augmentation, arXiv:1902.05509); a pass then sees 1 / repeats of the images.
+        mixture: an `ImageMixture` that the views of each image pass through last; None: none does.
         replicas: of this host.
         context: the `tf.distribute.InputContext` of this host; None: there is one host.
         workers: parallel calls; 0: tf.data's choice.
@@ -86,25 +88,37 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
         clock: a `BatchClock`.
 
     Returns:
-        A dataset of one replica's share a time, replica after replica: the views by their names, (N, S, S, 3) uint8,
-        "index" (N,) int64, and where there is a view "key" also "key_position" (N,) int32.
+        A dataset of one replica's share a time, replica after replica: the views by their names, (N, S, S, C) of their
+        dtype, "index" (N,) int64, and where there is a view "key" also "key_position" (N,) int32.
+
+    Raises:
+        UsageError: the recipe does not take images of the source's number of channels.
     """
     hosts, host = (context.num_input_pipelines, context.input_pipeline_id) if context else (1, 0)
     here = batch_size // hosts
     parallel = workers or tf.data.AUTOTUNE
     steps = tf.data.Dataset.range(first_step, FOREVER)
-    seeds = steps.map(lambda step: image_seeds(seed, step, batch_size)[host * here:(host + 1) * here], parallel)
+
+    def seeds_of(step):
+        return image_seeds(seed, step, batch_size)[host * here:(host + 1) * here]
+
+    # One by one beside the loading of each image; where its partners are rows, or images are small, row by row.
+    rows_mixed = mixture and (partners_of(mixture, source) == "batch" or _small(source))
     per_epoch = steps_per_epoch * batch_size
     examples = _epochs(source, seed, per_epoch, first_step * batch_size, repeats)
     if hosts > 1:
         examples = examples.enumerate().filter(
             lambda position, _: position % batch_size // here == host).map(lambda _, example: example)
-    batches = tf.data.Dataset.zip((steps, _viewed(source, recipe, examples, seeds, here, parallel)))
+    viewed = _viewed(source, recipe, examples, steps.map(seeds_of, parallel), here, parallel,
+                     None if rows_mixed else mixture)
+    batches = tf.data.Dataset.zip((steps, viewed))
     group = bn_group_size or here // replicas
 
     def deal(step, readable, batch):
         """The keys in shuffled order, and the batch as (replicas, N, ...)."""
         batch = _without_unreadable(readable, batch, unreadable)
+        if rows_mixed:
+            batch.update(_mixed_rows(mixture, source, recipe, batch, seeds_of(step)))
         if labels:
             first = step % steps_per_epoch * batch_size
             real = tf.clip_by_value(source.size * repeats - first, 0, batch_size)
@@ -125,7 +139,8 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
         return {name: tf.reshape(value, [replicas, here // replicas, *value.shape[1:]])
                 for name, value in batch.items()}
 
-    return batches.map(lambda step, batch: deal(step, *batch), parallel).unbatch().prefetch(2 * replicas).with_options(_options())
+    dealt = batches.map(lambda step, batch: deal(step, *batch), parallel)
+    return dealt.unbatch().prefetch(2 * replicas).with_options(_options())
 
 
 def evaluation_batches(source, recipe, batch_size, limit=0, seed=0, workers=0, unreadable=None):
@@ -164,30 +179,87 @@ def image_seeds(seed, step, batch_size):
                                        minval=None, maxval=None, dtype=tf.int32)
 
 
-def _viewed(source, recipe, examples, seeds, batch_size, parallel):
+def partners_of(mixture, source):
+    """Where an `ImageMixture`'s partners come from: "data", "batch", or "" where it has none."""
+    return mixture.partners and (mixture.partners if source.random_access else "batch")
+
+
+def _viewed(source, recipe, examples, seeds, batch_size, parallel, mixture=None):
     """Examples and batches of seeds -> (readable (n,) bool, {"index", "label", and the views by name})."""
-    guard = _guarded if source.can_fail else lambda function: lambda *example: (True, function(*example))
-    if source.image_shape and source.image_shape[0] * source.image_shape[1] <= SMALL:
+    recipe.require_channels(source.channels)
+    if _small(source):
         def views_of_batch(seeds, batch):
             readable, index, decoded = batch
             return readable, {"index": index, "label": decoded["label"], **recipe.apply_batch(decoded["image"], seeds)}
 
         def read_one(example):
-            readable, decoded = guard(source.decode)(example)
+            readable, decoded = _guarded(source, source.decode)(example)
             return readable, source.index_of(example), decoded
 
         read = examples.map(read_one, parallel)
         return tf.data.Dataset.zip((seeds, read.batch(batch_size, drop_remainder=True))).map(views_of_batch, parallel)
 
-    def views_of_one(example, image_seed):
-        image = source.decode(example)
-        return {"label": image["label"], **recipe.apply(image["image"], image_seed)}
+    views_of_one, partner = _views_of_one(source, recipe), _drawn_from(source, recipe)
 
     def indexed(example, image_seed):
-        readable, views = guard(views_of_one)(example, image_seed)
-        return readable, {"index": source.index_of(example), **views}
+        readable, (label, views) = views_of_one(example, image_seed)
+        if mixture:
+            views = mixture.stage(views, _mixture_seed(recipe, image_seed), partner)
+        return readable, {"index": source.index_of(example), "label": label, **views}
 
-    return tf.data.Dataset.zip((examples, seeds.unbatch())).map(indexed, parallel).batch(batch_size, drop_remainder=True)
+    one_by_one = tf.data.Dataset.zip((examples, seeds.unbatch())).map(indexed, parallel)
+    return one_by_one.batch(batch_size, drop_remainder=True)
+
+
+def _small(source):
+    """Whether a batch of the source's images is augmented in one call."""
+    return bool(source.image_shape) and source.image_shape[0] * source.image_shape[1] <= SMALL
+
+
+def _views_of_one(source, recipe):
+    """(example, seed) -> whether it could be read, and its label and views, or zeros."""
+    def views_of_one(example, image_seed):
+        image = source.decode(example)
+        return image["label"], recipe.apply(image["image"], image_seed)
+
+    return _guarded(source, views_of_one)
+
+
+def _drawn_from(source, recipe):
+    """A partner for a mixture, (seed, otherwise) -> the views of an image drawn from all of a source with random
+    access, or `otherwise` where it cannot be read."""
+    views_of_one = _views_of_one(source, recipe)
+
+    def partner(seed, otherwise):
+        index_seed, view_seed = tf.unstack(tf.random.split(seed, 2, alg="philox"))
+        index = tf.random.stateless_uniform([], index_seed, 0, source.size, tf.int64, alg="philox")
+        readable, (_, views) = views_of_one({"index": index}, view_seed)
+        return tf.cond(tf.convert_to_tensor(readable), lambda: views, lambda: otherwise)
+
+    return partner
+
+
+def _mixed_rows(mixture, source, recipe, batch, seeds):
+    """The views of a batch, each row mixed by its seed, with any row or with what is drawn from the source."""
+    views = {name: batch[name] for name in recipe.views}
+
+    def any_row(seed, otherwise):
+        row = tf.random.stateless_uniform([], seed, 0, seeds.shape[0], tf.int32, alg="philox")
+        return {name: view[row] for name, view in views.items()}
+
+    partner = any_row if partners_of(mixture, source) == "batch" else _drawn_from(source, recipe)
+
+    def mix(example):
+        views, seed = example
+        return mixture.stage(views, _mixture_seed(recipe, seed), partner)
+
+    return tf.map_fn(mix, (views, seeds), fn_output_signature={
+        name: tf.TensorSpec(view.shape[1:], view.dtype) for name, view in views.items()})
+
+
+def _mixture_seed(recipe, image_seed):
+    """The next after those of the views."""
+    return tf.random.split(image_seed, len(recipe.views) + 1, alg="philox")[-1]
 
 
 def _epochs(source, seed, per_epoch, first, repeats):
@@ -216,8 +288,11 @@ def _in_range(labels, num_classes, index):
         return tf.identity(labels)
 
 
-def _guarded(function):
+def _guarded(source, function):
     """example -> (True, function(example)), or (False, zeros) where it fails: tf.data's errors, without losing count."""
+    if not source.can_fail:
+        return lambda *example: (True, function(*example))
+
     def guarded(*example):
         one = tf.data.Dataset.from_tensors(example).map(lambda *example: (True, function(*example)))
         nothing = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), one.element_spec)

@@ -1,16 +1,18 @@
-"""Where images come from: files → {"image": (H, W, 3) uint8, "label": () int64, "index": () int64}.
+"""Where images come from: files → {"image": (H, W, C) uint8, "label": () int64, "index": () int64}.
 
-A source has `size` (N), `num_classes` (0 without labels), `class_names`, `image_shape` ((H, W, 3), or None when images
-differ), and reads in two steps: `examples` is one epoch in order, cheap to iterate; `decode` turns one of its elements
-into an image, and belongs into a parallel map. `index` is 0..N-1, the same for an image in every run; `label` is -1
-where there is none.
+A source has `size` (N), `num_classes` (0 without labels), `class_names`, `channels` (C, mostly 3), `image_shape`
+((H, W, C), or None when images differ), and reads in two steps: `examples` is one epoch in order, cheap to iterate;
+`decode` turns one of its elements into an image, and belongs into a parallel map. `index` is 0..N-1, the same for an
+image in every run; `label` is -1 where there is none.
 """
 
 import difflib
 import inspect
+import io
 import json
 import os
 import re
+import zipfile
 
 import numpy as np
 import tensorflow as tf
@@ -36,20 +38,21 @@ class Source:
     can_fail = True    # reading an image may: its file may be gone or broken
     num_classes = 0
     class_names = ()
+    channels = 3
     image_shape = None
 
     def decode(self, example):
-        """One element of `examples` → {"image": (H, W, 3) uint8, "label": () int64, "index": () int64}, in the graph.
+        """One element of `examples` → {"image": (H, W, C) uint8, "label": () int64, "index": () int64}, in the graph.
 
         Raises:
             tf.errors.InvalidArgumentError: for an unreadable image.
             tf.errors.OpError, another one: for a file that cannot be read at all (gone, no permission).
         """
-        image = tf.ensure_shape(self.image(example), self.image_shape or (None, None, 3))
+        image = tf.ensure_shape(self.image(example), self.image_shape or (None, None, self.channels))
         return {"image": image, "label": self.label(example), "index": self.index_of(example)}
 
     def image(self, example):
-        return decode_image(self.encoded(example))
+        return decode_image(self.encoded(example), self.channels)
 
     def index_of(self, example):
         return example["index"]
@@ -167,12 +170,15 @@ class Folder(RandomAccess):
         path: a folder, local or of any file system TensorFlow knows (gs://...).
         split: `path/split` is read where it is a folder, else, for "train", `path` itself.
         classes: names of class folders; others are left out. () for all.
+        channels: 3, or those of PNG files: 1, 2 or 4 (see `decode_image`).
 
     Raises:
-        DataError: no such folder or split, no image in it, or no image for one of `classes`.
+        DataError: no such folder or split, no image in it, no image for one of `classes`, or other files than PNG where
+            not 3 channels are asked for.
     """
 
-    def __init__(self, path="", split="train", data_dir="", classes=()):
+    def __init__(self, path="", split="train", data_dir="", classes=(), channels=3):
+        self.channels = file_channels(channels)
         self.root = self.find_split(path, split)
         paths = sorted(list_images(self.root))
         if classes:
@@ -187,6 +193,10 @@ class Folder(RandomAccess):
             raise DataError(
                 f"The folder must hold images (.{', .'.join(EXTENSIONS)}), in it or in folders below. "
                 f"Received: {self.root}.")
+        others = [path for path in paths if not path.lower().endswith(b".png")] if channels != 3 else []
+        if others:
+            raise DataError(f"Images of {channels} channels must be PNG files. Received: {len(others)} others of "
+                            f"{len(paths)} in {self.root}, first {readable(others[0])}.")
         self.size = len(paths)
         self._paths = host_tensor(paths)
         self._labels = None
@@ -232,11 +242,14 @@ class Folder(RandomAccess):
 class Records(Stream):
     """TFRecord shards that `moco-tf data pack` has written, beside a `<split>.json` that says what they hold.
 
+    `channels` as in `Folder`.
+
     Raises:
         DataError: no such folder or split, an unfinished pack, or a shard that is missing.
     """
 
-    def __init__(self, path="", split="train", data_dir=""):
+    def __init__(self, path="", split="train", data_dir="", channels=3):
+        self.channels = file_channels(channels)
         self.path, self.split = path, self.find_split(path, split)
         facts = read_facts(path, self.split)
         self.shards = facts["shards"]
@@ -249,7 +262,7 @@ class Records(Stream):
         self.size = facts["examples"]
         self.class_names = tuple(facts["class_names"])
         self.num_classes = len(self.class_names)
-        self.image_shape = facts["image_shape"] and tuple(facts["image_shape"])
+        self.image_shape = facts["image_shape"] and (*facts["image_shape"][:2], channels)
         self._shard_paths = host_tensor([os.path.join(path, shard["name"]) for shard in self.shards])
         self._left_out = host_tensor(np.array(facts["left_out"], np.int64))
 
@@ -300,12 +313,13 @@ class Tfds(Stream):
         data_dir: tfds's folder; "" for its default.
         feature: name of the image in an example. The label is "label" where that is a class.
         download: prepares the data first where they are not.
+        channels: 3: RGB, from images of 1, 3 or 4 channels. Another number: that of the images.
 
     Raises:
         DataError: an unknown name or split, data that are not prepared, or no such image.
     """
 
-    def __init__(self, path="", split="train", data_dir="", feature="image", download=False):
+    def __init__(self, path="", split="train", data_dir="", feature="image", download=False, channels=3):
         import tensorflow_datasets as tfds    # takes seconds: only for those who use it
 
         self.path = path
@@ -323,8 +337,12 @@ class Tfds(Stream):
             wanted.add("label")
             self.num_classes = features["label"].num_classes
             self.class_names = tuple(features["label"].names)
-        height, width, _ = features[feature].shape
-        self.image_shape = (height, width, 3) if height and width else None
+        height, width, stored = features[feature].shape
+        if channels not in (3, stored):
+            raise DataError(f"data.channels must be 3 or the images' own number. Received: {channels}, for {path} with "
+                            f"{stored}.")
+        self.channels = channels
+        self.image_shape = (height, width, channels) if height and width else None
         try:
             dataset = builder.as_dataset(
                 split=self.split, shuffle_files=False,
@@ -359,6 +377,77 @@ class Tfds(Stream):
         return f"{self.path} {self.split}[{int(index)}]"
 
 
+class Arrays(RandomAccess):
+    """Images in NumPy's files: uint8 (N, H, W, C) of any C, such as RGB and depth in one array.
+
+    The path is a file, or a folder with a file for each split, <split>.npy or <split>.npz. An .npz holds "images", and
+    "labels" where there are some. Beside an .npy they are in <name>_labels.npy. Labels are integers (N,), 0 or more.
+    Local .npy files are mapped, not read; others are read into memory.
+
+    Raises:
+        DataError: no such file or split, other arrays in it, or another number of channels than `channels`.
+    """
+
+    can_fail = False
+
+    def __init__(self, path="", split="train", data_dir="", channels=3):
+        self.path = self.find_split(path, split)
+        try:
+            self._images, labels = read_arrays(self.path)
+        except (OSError, tf.errors.OpError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise DataError(f"{self.path} must hold arrays as NumPy saves them. Received: {one_line(error)}.") from None
+        if self._images.ndim != 4 or self._images.dtype != np.uint8 or not self._images.size:
+            raise DataError(f"The images must be uint8 (N, H, W, C). Received: {self._images.dtype} "
+                            f"{self._images.shape} in {self.path}.")
+        self.size, *shape = self._images.shape
+        self.image_shape, self.channels = tuple(shape), shape[2]
+        if channels != self.channels:
+            raise DataError(f"data.channels must be the images' number of channels. Received: {channels}, and "
+                            f"{self.channels} in {self.path}.")
+        self._labels = None
+        if labels is not None:
+            if labels.shape != (self.size,) or labels.dtype.kind not in "iu" or labels.min() < 0:
+                raise DataError(f"The labels must be integers ({self.size},), 0 or more. Received: {labels.dtype} "
+                                f"{labels.shape} for {self.path}.")
+            self.num_classes = int(labels.max()) + 1
+            self.class_names = tuple(map(str, range(self.num_classes)))
+            self._labels = host_tensor(labels.astype(np.int64))
+
+    @staticmethod
+    def find_split(path, split, data_dir=""):
+        require_path("arrays", path)
+        if tf.io.gfile.isdir(path):
+            files = [f"{name}.{ending}" for name in split_names(split) for ending in ("npy", "npz")]
+            found = [os.path.join(path, file) for file in files if tf.io.gfile.exists(os.path.join(path, file))]
+            if not found:
+                raise DataError(f"The split must be a file in {path}. Looked for: {', '.join(files)}.")
+            return found[0]
+        if split != "train" or not tf.io.gfile.exists(path):
+            raise DataError(f"The path must be an existing file, of the split train, or a folder with a file for each "
+                            f"split. Received: {path}, split {split!r}.")
+        return path
+
+    def image(self, example):
+        return tf.numpy_function(lambda index: self._images[index], [example["index"]], tf.uint8, stateful=False)
+
+    def encoded(self, example):
+        if self.channels > 4:
+            raise UsageError(f"A PNG holds at most 4 channels. Received: {self.channels} in {self.path}. Read the "
+                             "arrays as they are; they need no packing.")
+        return tf.io.encode_png(self.image(example))
+
+    def label(self, example):
+        if self._labels is None:
+            return tf.constant(-1, tf.int64)
+        return tf.gather(self._labels, example["index"])
+
+    def labels(self):
+        return None if self._labels is None else self._labels.numpy()
+
+    def describe(self, index):
+        return f"{self.path}[{int(index)}]"
+
+
 class Subset(RandomAccess):
     """Part of a random-access source, as a source: its images get the indices 0..n-1.
 
@@ -370,7 +459,7 @@ class Subset(RandomAccess):
     def __init__(self, source, keep):
         self.source, self.size = source, len(keep)
         self.num_classes, self.class_names = source.num_classes, source.class_names
-        self.image_shape, self.can_fail = source.image_shape, source.can_fail
+        self.channels, self.image_shape, self.can_fail = source.channels, source.image_shape, source.can_fail
         self._keep = host_tensor(np.asarray(keep, np.int64))
 
     def _of_source(self, example):
@@ -393,7 +482,7 @@ class Subset(RandomAccess):
         return self.source.describe(self._keep[int(index)])
 
 
-SOURCES = {"embedded": Embedded, "folder": Folder, "records": Records, "tfds": Tfds}
+SOURCES = {"embedded": Embedded, "folder": Folder, "records": Records, "tfds": Tfds, "arrays": Arrays}
 
 
 def open_source(name, path="", split="train", data_dir="", **others):
@@ -428,7 +517,7 @@ def split_holdout(source, fraction):
     """
     if not source.random_access:
         raise UsageError(
-            "Images can be held out of a source with random access (embedded, folder) only. "
+            "Images can be held out of a source with random access (embedded, folder, arrays) only. "
             f"Received: {type(source).__name__}. Pack or name a split of its own for evaluation.")
     held_out = max(1, round(fraction * source.size))
     if not 0 < fraction < 1 or held_out >= source.size:
@@ -451,7 +540,7 @@ def fraction_of(source, fraction):
     if not 0 < fraction <= 1:
         raise UsageError(f"data.fraction must be above 0 and at most 1. Received: {fraction}.")
     if not source.random_access:
-        raise UsageError("A fraction can be taken of a source with random access (embedded, folder). Received: "
+        raise UsageError("A fraction can be taken of a source with random access (embedded, folder, arrays). Received: "
                          f"{type(source).__name__}. Name a split that holds the part, such as TFDS' "
                          "imagenet2012_subset/1pct.")
     with tf.device("CPU:0"):
@@ -460,6 +549,19 @@ def fraction_of(source, fraction):
     of_class = (order[labels[order] == label] for label in range(max(1, source.num_classes)))
     kept = [members[:max(1, round(fraction * len(members)))] for members in of_class]
     return Subset(source, np.sort(np.concatenate(kept)))
+
+
+def grey_share(source, sample=32):
+    """The share of grey images, their channels equal in every pixel, among the first `sample` readable ones: of a drawn
+    order where the source has random access, else of the stored one; 0.0 where none can be read."""
+    examples = source.examples(0, 0) if source.random_access else source.examples()
+
+    def is_grey(example):
+        image = source.decode(example)["image"]
+        return tf.reduce_all(image == image[..., :1])
+
+    grey = list(examples.take(sample).map(is_grey, tf.data.AUTOTUNE).ignore_errors().as_numpy_iterator())
+    return float(np.mean(grey)) if grey else 0.0
 
 
 def constructor(name):
@@ -489,6 +591,30 @@ def host_tensor(value):
     """A tensor in host memory: a tf.data function takes it as an input, where a list would be copied into its graph."""
     with tf.device("CPU:0"):
         return tf.constant(value)
+
+
+def file_channels(channels):
+    """The number of channels asked of image files, if they can have it."""
+    if channels not in (1, 2, 3, 4):
+        raise UsageError(f'data.channels of image files must be 1 to 4. Received: {channels}. The data source "arrays" '
+                         "takes any number.")
+    return channels
+
+
+def read_arrays(path):
+    """(images, labels or None) of an .npy or .npz file."""
+    def load(name):
+        if "://" not in name:
+            return np.load(name, mmap_mode="r")    # mapped if it is an .npy
+        with tf.io.gfile.GFile(name, "rb") as file:
+            return np.load(io.BytesIO(file.read()))
+
+    loaded = load(path)
+    if isinstance(loaded, np.ndarray):
+        labels = f"{os.path.splitext(path)[0]}_labels.npy"
+        return loaded, np.array(load(labels)) if tf.io.gfile.exists(labels) else None
+    with loaded as arrays:
+        return arrays["images"], arrays["labels"] if "labels" in arrays else None
 
 
 def list_images(root):

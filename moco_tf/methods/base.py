@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from moco_tf.distribute import apply_gradients_if, mean_over_replicas
+from moco_tf.losses import unit
 
 keras = tf.keras
 
@@ -12,8 +13,9 @@ LOSS_SCALE_GROWTH_STEPS = 2000    # good steps before float16's loss scale doubl
 class Method(keras.Model):
     """Views to loss: encode_keys(views) -> keys; contrastive_loss(views, keys) -> losses, outputs; update_memory.
 
-    A subclass writes these three hooks, each for one replica, and names in `view_names` what views it needs. Everything
-    outside the encoders is at least float32.
+    A subclass writes these hooks, each for one replica, and names in `view_names` what views it needs. Its
+    `contrastive_loss` is a comparison of queries with keys: encode_queries(views) -> queries, compare(queries, keys) ->
+    losses, outputs. Everything outside the encoders is at least float32.
 
     Args:
         encoder: the query encoder, images (N, S, S, 3) -> (N, C).
@@ -24,6 +26,7 @@ class Method(keras.Model):
     """
 
     view_names = ()
+    query_names = ("query",)    # the views that queries are made of
 
     def __init__(self, encoder, normalize=None, clip_norm=0.0, loss_scaling=False, **kwargs):
         super().__init__(**kwargs)
@@ -45,13 +48,25 @@ class Method(keras.Model):
         self.optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
 
     def encode_keys(self, views):
-        """Views -> whatever `contrastive_loss` compares queries with; no gradient flows through it."""
+        """Views -> whatever queries are compared with, a dict."""
         raise NotImplementedError(f"{type(self).__name__} must define encode_keys")
 
+    def encode_queries(self, views):
+        """Views -> a list of (N, C) unit rows."""
+        raise NotImplementedError(f"{type(self).__name__} must define encode_queries")
+
+    def compare(self, queries, keys):
+        """Queries and keys -> (N,) losses and a dict of what `update_memory` and `metrics_of` look at, among it "queries",
+        as they came, and "rank" (M,) of the positives, as of `positive_rank`."""
+        raise NotImplementedError(f"{type(self).__name__} must define compare")
+
     def contrastive_loss(self, views, keys):
-        """Views and keys -> (N,) losses and a dict of what `update_memory` and `metrics_of` look at: "queries" (N, C), and
-        "logits" (N, 1 + K) with the positive first, unless "positive" (N,) names its column."""
-        raise NotImplementedError(f"{type(self).__name__} must define contrastive_loss")
+        """Views and keys -> what `compare` returns."""
+        return self.compare(self.encode_queries(views), keys)
+
+    def mixed(self, views, mix):
+        """The views with those of queries mixed; `mix`: images (N, S, S, channels) -> mixed images."""
+        return {**views, **{name: mix(views[name]) for name in self.query_names}}
 
     def update_memory(self, keys, outputs, write):
         """Remembers this step's keys; must leave every variable as it is where `write` is False."""
@@ -68,8 +83,8 @@ class Method(keras.Model):
         """One step on a dict of views; returns scalars, equal on all replicas."""
         views = {name: self.normalize(view) if self.normalize and view.dtype == tf.uint8 else view
                  for name, view in views.items()}
-        keys = self.encode_keys(views)
         with tf.GradientTape() as tape:
+            keys = self.encode_keys(views)
             losses, outputs = self.contrastive_loss(views, keys)
             loss = tf.reduce_mean(losses)
             scaled = loss * tf.cast(self.loss_scale, loss.dtype) if self.loss_scaling else loss
@@ -102,3 +117,28 @@ class Method(keras.Model):
             factor = tf.where(finite, tf.where(grown, 2.0, 1.0), 0.5)
             self.loss_scale.assign(tf.maximum(self.loss_scale * factor, 1.0))
             self.good_in_row.assign(tf.where(grown, 0, good))
+
+
+def unit_branches(embeddings, dim):
+    """(N, V * C) embeddings of V branches -> a list of V tensors (N, C) of unit rows; V is 1 but for CMC."""
+    return [unit(own) for own in tf.split(embeddings, embeddings.shape[1] // dim, axis=1)]
+
+
+def contrasted(branches):
+    """Which branch's queries meet which one's keys: (0, 0) for one branch, else all ordered pairs (CMC, sec. 3.3)."""
+    if branches == 1:
+        return ((0, 0),)
+    return tuple((query, key) for query in range(branches) for key in range(branches) if query != key)
+
+
+def accuracies(rank):
+    """How often the positive scores highest, and among the five highest; `rank` as of `positive_rank`."""
+    return {"accuracy": tf.reduce_mean(tf.cast(rank < 1, tf.float32)),
+            "accuracy_top5": tf.reduce_mean(tf.cast(rank < 5, tf.float32))}
+
+
+def feature_std(rows):
+    """Mean over the dimensions of the standard deviation of unit rows, times sqrt(C): 1 when they fill the sphere,
+    0 when all are alike (collapse)."""
+    width = tf.cast(rows.shape[1], rows.dtype)
+    return tf.cast(tf.reduce_mean(tf.math.reduce_std(rows, axis=0)) * tf.sqrt(width), tf.float32)

@@ -1,42 +1,46 @@
-"""Instance discrimination (arXiv:1805.01978): every image is a class, and its row in a memory bank stands for it."""
-
-import math
+"""Contrast with memory banks: instance discrimination (arXiv:1805.01978), and CMC (arXiv:1906.05849), in which each
+branch of the encoder has a bank and meets those of the others."""
 
 import tensorflow as tf
 
 from moco_tf import sampling
-from moco_tf.distribute import first_row, gather_rows, mean_over_replicas
+from moco_tf.criteria import LOSSES, make_criterion, noted_of
+from moco_tf.distribute import first_row, gather_rows
 from moco_tf.errors import UsageError
-from moco_tf.losses import (bank_logits, contrastive_logits, estimated_partition, followed_partition, in_batch_logits,
-                            info_nce, nce, positive_rank, random_partition, unit)
-from moco_tf.memory import MemoryBank
-from moco_tf.methods.base import Method
-from moco_tf.methods.moco import feature_std
+from moco_tf.losses import bank_logits, contrastive_logits, positive_rank
+from moco_tf.memory import MemoryBank, ShardedMemoryBank
+from moco_tf.methods.base import Method, accuracies, contrasted, feature_std, unit_branches
 
 keras = tf.keras
 
-LOSSES = ("nce", "softmax", "full")
+FULL = "full"
 
 
 class InsDis(Method):
-    """One encoder and a memory bank: a query's positive is the row of its own image, its negatives are rows drawn from
-    the whole bank with replacement, so that its own may be among them.
+    """One encoder and a memory bank: every image is a class, and its row in the bank stands for it. A query's positive is
+    the row of its own image, as it was before this step, its negatives are rows drawn from the whole bank with
+    replacement, so that its own may be among them.
 
-    Views: "query", (N, S, S, 3), and "index", (N,) integers below `bank_size`, which a run's pipeline adds.
+    An encoder of V branches makes V queries of an image and has V banks. A branch's query meets the banks of the other
+    branches; the draw is common to all, and the losses of all ordered pairs are summed.
+
+    Views: "query", (N, S, S, channels), and "index", (N,) integers below `bank_size`, which a run's pipeline adds.
 
     Args:
-        encoder: images -> (N, dim) embeddings, not normalised.
+        encoder: images -> (N, V * dim) embeddings, not normalised.
         dim: C, the length of an embedding.
         bank_size: n, the number of training images.
         temperature: divides the dot products.
         num_negatives: K, at most n; 0 scores all n rows, as "full".
         loss: "nce"; "softmax": InfoNCE over the same 1 + K rows; "full": the softmax over all n rows.
         momentum: the share of a bank's row that an update keeps.
-        partition_momentum: of the constant Z of "nce": 1 keeps its first estimate, 0.99 lets it follow the later ones.
+        partition_momentum: of the constant Z of "nce", see `NCE`.
         shared_negatives: one draw of K rows a step for all queries, scored by one matrix product, in place of K rows
             for each query. It reads K rows instead of N K; each query's loss has the same expectation, but a batch sees
             fewer different rows, and a row that is drawn pushes all queries at once.
-        seed: of the bank's first rows and of the draws.
+        shard_bank: each of R replicas holds n / R rows of a bank. Negatives of each query's own then cross between
+            devices, so it goes with shared negatives or the full softmax.
+        seed: of the banks' first rows and of the draws.
 
     Raises:
         UsageError: an unknown loss; no images; more negatives than images; "full" with a number of negatives.
@@ -44,78 +48,98 @@ class InsDis(Method):
 
     view_names = ("query",)
 
-    def __init__(self, encoder, dim, bank_size, temperature, num_negatives=0, loss="full", momentum=0.5,
-                 partition_momentum=1.0, shared_negatives=False, seed=0, **kwargs):
+    def __init__(self, encoder, dim, bank_size, temperature, num_negatives=0, loss=FULL, momentum=0.5,
+                 partition_momentum=1.0, shared_negatives=False, shard_bank=False, seed=0, **kwargs):
         super().__init__(encoder, **kwargs)
-        if loss not in LOSSES:
-            raise UsageError(f"method.loss must be one of {', '.join(LOSSES)}. Received: {loss!r}.")
+        if loss not in (*LOSSES, FULL):
+            raise UsageError(f"method.loss must be one of {', '.join((*LOSSES, FULL))}. Received: {loss!r}.")
         if bank_size < 1:
             raise UsageError(f"method.bank_size must be the number of training images. Received: {bank_size}.")
         if not 0 <= num_negatives <= bank_size:
             raise UsageError("method.num_negatives must be at most the number of training images; 0 scores them all. "
                              f"Received: {num_negatives} negatives, {bank_size} images.")
-        if loss == "full" and num_negatives:
+        if loss == FULL and num_negatives:
             raise UsageError("method.loss 'full' scores all images and draws none. Received: method.num_negatives "
                              f"{num_negatives}. Use 0, or the loss 'softmax'.")
-        self.criterion = loss if num_negatives else "full"
-        self.bank = MemoryBank(bank_size, dim, momentum, seed=seed, name="memory_bank")
-        self.partition = tf.Variable(-1.0, dtype=keras.backend.floatx(), name="partition", trainable=False,
-                                     aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)    # below 0: unset
-        self.temperature, self.num_negatives, self.partition_momentum = temperature, num_negatives, partition_momentum
+        branches = encoder.output_shape[-1] // dim
+        kind = ShardedMemoryBank if shard_bank else MemoryBank
+        self.banks = [kind(bank_size, dim, momentum, seed=seed + branch, name=f"memory_bank_{branch}")
+                      for branch in range(branches)]
+        self.pairs = contrasted(branches)
+        self.criteria = [
+            make_criterion("softmax" if not num_negatives else loss, bank_size, dim, temperature, partition_momentum,
+                           name=f"criterion_{query}_{key}") for query, key in self.pairs]
+        self.dim, self.temperature, self.num_negatives = dim, temperature, num_negatives
         self.shared_negatives, self.seed = shared_negatives, seed
 
     def encode_keys(self, views):
         index = views["index"]
-        everywhere = gather_rows(index)
-        keys = {"index": index, "all": everywhere}
-        if self.criterion == "full":
-            return {**keys, "rows": tf.convert_to_tensor(self.bank.rows)}
+        keys = {"index": index, "all": gather_rows(index)}
+        if not self.num_negatives:
+            return keys
         if self.shared_negatives:
-            return {**keys, "positive": self.bank.read(index), "negatives": self.bank.read(self._draw([]))}
+            drawn = self._draw([])
+            return {**keys, "positive": [bank.read(index) for bank in self.banks],
+                    "negatives": [bank.read(drawn, alike=True) for bank in self.banks]}
         here = index.shape[0]
-        drawn = self._draw([everywhere.shape[0]])[first_row(here):][:here]
-        return {**keys, "rows": self.bank.read(tf.concat([index[:, None], tf.cast(drawn, index.dtype)], axis=1))}
+        drawn = self._draw([keys["all"].shape[0]])[first_row(here):][:here]
+        rows = tf.concat([index[:, None], tf.cast(drawn, index.dtype)], axis=1)
+        return {**keys, "rows": [bank.read(rows) for bank in self.banks]}
 
-    def contrastive_loss(self, views, keys):
-        queries = unit(self.encoder(views["query"], training=True))
-        outputs = {"queries": queries, "features": tf.stop_gradient(gather_rows(queries))}
-        if self.criterion == "full":
-            logits = in_batch_logits(queries, keys["rows"], self.temperature)
-            losses = info_nce(logits, keys["index"])
-            return losses, {**outputs, "logits": logits, "positive": keys["index"], "probability": tf.exp(-losses)}
-        if self.shared_negatives:
-            logits = contrastive_logits(queries, keys["positive"], keys["negatives"], self.temperature)
-        else:
-            logits = bank_logits(queries, keys["rows"], self.temperature)
-        if self.criterion == "softmax":
-            losses = info_nce(logits)
-            return losses, {**outputs, "logits": logits, "probability": tf.exp(-losses)}
-        estimate = mean_over_replicas(estimated_partition(logits, self.bank.size))
-        partition = followed_partition(self.partition, estimate, self.partition_momentum)
-        probability = tf.exp(logits[:, 0]) / partition
-        return nce(logits, partition, self.bank.size), {**outputs, "logits": logits, "partition": partition,
-                                                        "probability": probability}
+    def encode_queries(self, views):
+        return unit_branches(self.encoder(views["query"], training=True), self.dim)
+
+    def compare(self, queries, keys):
+        losses, ranks, noted = zip(*(
+            self._compare(criterion, queries[query], keys, key) for criterion, (query, key) in
+            zip(self.criteria, self.pairs)))
+        return tf.add_n(losses), {"queries": queries, "rank": tf.concat(ranks, axis=0), "noted": noted,
+                                  "losses": [tf.reduce_mean(loss) for loss in losses]}
 
     def update_memory(self, keys, outputs, write):
-        self.bank.update(keys["all"], outputs["features"], write)
-        if self.criterion == "nce":
-            self.partition.assign(tf.where(write, outputs["partition"], self.partition))
+        for bank, queries in zip(self.banks, outputs["queries"]):
+            bank.update(keys["all"], gather_rows(tf.stop_gradient(queries)), write)
+        for criterion, noted in zip(self.criteria, outputs["noted"]):
+            criterion.update(noted, write)
 
     def metrics_of(self, keys, outputs):
-        rank = positive_rank(outputs["logits"], outputs.get("positive"))
-        metrics = {"accuracy": tf.reduce_mean(tf.cast(rank < 1, tf.float32)),
-                   "accuracy_top5": tf.reduce_mean(tf.cast(rank < 5, tf.float32)),
-                   "positive_probability": tf.cast(tf.reduce_mean(outputs["probability"]), tf.float32),
-                   "feature_std": feature_std(outputs["features"])}
-        if self.criterion == "nce":    # far from 1, features are not of norm 1 or Z has not been followed
-            at_random = random_partition(self.bank.size, self.bank.dim, self.temperature)
-            metrics["partition_ratio"] = tf.cast(outputs["partition"] / at_random, tf.float32)
+        metrics = {**accuracies(outputs["rank"]), "feature_std": feature_std(outputs["queries"][0])}
+        of_pairs = [criterion.metrics_of(noted) for criterion, noted in zip(self.criteria, outputs["noted"])]
+        metrics.update({name: tf.reduce_mean([values[name] for values in of_pairs]) for name in of_pairs[0]})
+        if len(self.pairs) > 1:
+            metrics.update({f"loss_{query + 1}_to_{key + 1}": tf.cast(loss, tf.float32)
+                            for (query, key), loss in zip(self.pairs, outputs["losses"])})
         return metrics
 
     def chance_loss(self, batch_size):
-        count = self.num_negatives or self.bank.size - 1
-        return math.log(count + 1) + (count * math.log1p(1 / count) if self.criterion == "nce" else 0.0)
+        return len(self.pairs) * self.criteria[0].chance(self.num_negatives or self.banks[0].size - 1)
+
+    def _compare(self, criterion, queries, keys, branch):
+        """(N,) losses of queries against the bank of a branch, (N,) ranks of their positives, and what was noted."""
+        if not self.num_negatives:
+            losses, rank = self.banks[branch].full_softmax(queries, keys["index"], self.temperature)
+            return losses, rank, noted_of(losses)
+        if self.shared_negatives:
+            logits = contrastive_logits(queries, keys["positive"][branch], keys["negatives"][branch], self.temperature)
+        else:
+            logits = bank_logits(queries, keys["rows"][branch], self.temperature)
+        losses, noted = criterion(logits)
+        return losses, positive_rank(logits), noted
 
     def _draw(self, batch):
         """Negatives of this step, (*batch, K): the same on every replica, whatever their number."""
-        return sampling.uniform(self.seed, self.optimizer.iterations, [*batch, self.num_negatives], self.bank.size)
+        return sampling.uniform(self.seed, self.optimizer.iterations, [*batch, self.num_negatives], self.banks[0].size)
+
+
+class CMC(InsDis):
+    """Contrastive multiview coding: `InsDis` with an encoder of two branches or more, CMC's luminance and chroma.
+
+    Raises:
+        UsageError: as `InsDis` does; an encoder of one branch.
+    """
+
+    def __init__(self, encoder, dim, **kwargs):
+        super().__init__(encoder, dim, **kwargs)
+        if len(self.banks) < 2:
+            raise UsageError("CMC contrasts the branches of an encoder, so it must have two or more. Received: one. Set "
+                             "branches, as ((\"l_to_ab\", 1), (\"ab_to_l\", 2)), or use the method insdis.")

@@ -1,86 +1,91 @@
 """Momentum Contrast v1 and v2 (arXiv:1911.05722, Algorithm 1; arXiv:2003.04297), which differ in their configs only."""
 
-import math
-
 import tensorflow as tf
 
-from moco_tf.distribute import first_row, gather_rows
-from moco_tf.losses import contrastive_logits, info_nce, positive_rank, unit
+from moco_tf.criteria import make_criterion
+from moco_tf.distribute import first_row
+from moco_tf.errors import UsageError
+from moco_tf.losses import contrastive_logits, positive_rank
 from moco_tf.memory import Queue
-from moco_tf.methods.base import Method
+from moco_tf.methods.base import accuracies, contrasted, feature_std
+from moco_tf.methods.two_encoders import TwoEncoders
 from moco_tf.momentum import momentum_copy, momentum_update
-from moco_tf.shuffling import key_permutation, positions
 
 
-class MoCo(Method):
+class MoCo(TwoEncoders):
     """A query encoder, its momentum encoder, and a queue of the momentum encoder's keys as negatives.
 
-    Views: "query" and "key", (N, S, S, 3) each; with `shuffle_bn="input"` also "key_position", (N,) int32: the pipeline
-    has permuted the keys before it dealt them to the replicas, and says where in that order each query's key stands.
+    An encoder of V branches (CMC's) makes V queries and V keys of an image; a branch's query meets the keys of the other
+    branches, those of its image and those in the queue, and the losses of all ordered pairs are summed.
 
     Args:
-        encoder: images -> (N, dim) embeddings, not normalised.
+        encoder: images -> (N, V * dim) embeddings, not normalised.
         dim: C, the length of an embedding.
-        queue_size: K; at least one global batch.
+        queue_size: K; at least one global batch, two for a symmetric loss.
         temperature: divides the cosines.
         momentum: m of the momentum encoder.
-        shuffle_bn: "input"; "cross_replica": the step itself permutes the key images over the replicas; "none".
-        bn_group_size: images that share batch statistics, for "cross_replica".
+        loss: "softmax": InfoNCE; "nce", with one Z a pair of branches.
+        num_images: n, the number of training images, for "nce".
+        partition_momentum: of the constant Z of "nce", see `NCE`.
+        symmetric: each view is query and key, two terms that are summed (MoCo's CIFAR-10 notebook); the keys of both
+            enter the queue, those of the view "query" first.
+        shuffle_bn, bn_group_size: as of `TwoEncoders`.
         seed: of the queue's first rows and of the permutations.
+
+    Raises:
+        UsageError: an unknown loss; "nce" without `num_images`; `symmetric` with `shuffle_bn="input"`.
     """
 
-    view_names = ("query", "key")
-
-    def __init__(self, encoder, dim, queue_size, temperature, momentum, shuffle_bn="input", bn_group_size=0, seed=0,
-                 **kwargs):
-        super().__init__(encoder, **kwargs)
-        self.key_encoder = momentum_copy(encoder)
-        self.queue = Queue(queue_size, dim, seed=seed, name="queue")
+    def __init__(self, encoder, dim, queue_size, temperature, momentum, loss="softmax", num_images=0,
+                 partition_momentum=0.99, symmetric=False, shuffle_bn="input", bn_group_size=0, seed=0, **kwargs):
+        super().__init__(encoder, momentum_copy(encoder), dim, shuffle_bn, bn_group_size, seed, **kwargs)
+        if symmetric and shuffle_bn == "input":
+            raise UsageError("A symmetric loss makes keys of both views, and the pipeline permutes one. Received: "
+                             "method.symmetric with shuffle_bn input. Use shuffle_bn=cross_replica.")
+        branches = encoder.output_shape[-1] // dim
+        self.queue = Queue(queue_size, dim, branches, seed=seed, name="queue")
+        self.pairs = contrasted(branches)
+        self.criteria = [make_criterion(loss, num_images, dim, temperature, partition_momentum,
+                                        name=f"criterion_{query}_{key}") for query, key in self.pairs]
         self.temperature, self.momentum = temperature, momentum
-        self.shuffle_bn, self.bn_group_size, self.seed = shuffle_bn, bn_group_size, seed
+        # The views of each term of the loss: (that of the query, that of the key).
+        self.terms = (("query", "key"), ("key", "query")) if symmetric else (("query", "key"),)
+        self.query_names = tuple(query for query, _ in self.terms)
 
     def encode_keys(self, views):
         momentum_update(self.key_encoder, self.encoder, self.momentum)
-        images, position = self._shuffled(views)
-        encoded = gather_rows(unit(self.key_encoder(images, training=True)))    # of all replicas, as shuffled
-        keys = tf.stop_gradient(tf.gather(encoded, gather_rows(position)))      # in the order of the queries again
-        here = images.shape[0]
-        return {"all": keys, "positive": keys[first_row(here):][:here], "negatives": tf.convert_to_tensor(self.queue.keys)}
+        keys = {key: tf.stop_gradient(self.keys_of(views, key)) for _, key in self.terms}
+        here = first_row(views["query"].shape[0])
+        return {"all": tf.concat([keys[name] for name in ("query", "key") if name in keys], axis=0),
+                "positive": [keys[key][here:][:views[key].shape[0]] for _, key in self.terms],
+                "negatives": tf.convert_to_tensor(self.queue.keys)}
 
-    def contrastive_loss(self, views, keys):
-        queries = unit(self.encoder(views["query"], training=True))
-        logits = contrastive_logits(queries, keys["positive"], keys["negatives"], self.temperature)
-        return info_nce(logits), {"queries": queries, "logits": logits}
+    def compare(self, queries, keys):
+        losses, logits, noted = [], [], []
+        for query, positive in zip(queries, keys["positive"]):
+            of_query, of_key, of_queue = map(self.branches_of, (query, positive, keys["negatives"]))
+            for criterion, (i, j) in zip(self.criteria, self.pairs):
+                logits.append(contrastive_logits(of_query[i], of_key[j], of_queue[j], self.temperature))
+                loss, note = criterion(logits[-1])
+                losses.append(loss)
+                noted.append(note)
+        return tf.add_n(losses), {"queries": queries, "logits": logits, "noted": noted[:len(self.pairs)],
+                                  "rank": tf.concat([positive_rank(term) for term in logits], axis=0)}
 
     def update_memory(self, keys, outputs, write):
         self.queue.enqueue(keys["all"], write)
+        for criterion, noted in zip(self.criteria, outputs["noted"]):
+            criterion.update(noted, write)
 
     def metrics_of(self, keys, outputs):
-        rank = positive_rank(outputs["logits"])
-        return {"accuracy": tf.reduce_mean(tf.cast(rank < 1, tf.float32)),
-                "accuracy_top5": tf.reduce_mean(tf.cast(rank < 5, tf.float32)),
-                "feature_std": feature_std(keys["all"])}
+        of_pairs = [criterion.metrics_of(noted) for criterion, noted in zip(self.criteria, outputs["noted"])]
+        return {**accuracies(outputs["rank"]), "feature_std": feature_std(self.branches_of(keys["all"])[0]),
+                **{name: tf.reduce_mean([values[name] for values in of_pairs]) for name in of_pairs[0]}}
 
     def chance_loss(self, batch_size):
-        return math.log(self.queue.size + 1)
+        return len(self.terms) * len(self.pairs) * self.criteria[0].chance(self.queue.size)
 
-    def _shuffled(self, views):
-        """This replica's share of the key images in the order to encode, and where its queries' keys will stand."""
-        images = views["key"]
-        here = images.shape[0]
-        first = first_row(here)
-        if self.shuffle_bn == "input":
-            return images, views["key_position"]
-        if self.shuffle_bn == "none":
-            return images, first + tf.range(here)
-        everywhere = gather_rows(images)
-        batch = everywhere.shape[0]
-        permutation = key_permutation(self.seed, self.optimizer.iterations, batch, self.bn_group_size or here)
-        return tf.gather(everywhere, permutation[first:][:here]), positions(permutation)[first:][:here]
-
-
-def feature_std(rows):
-    """Mean over the dimensions of the standard deviation of unit rows, times sqrt(C): 1 when they fill the sphere,
-    0 when all are alike (collapse)."""
-    width = tf.cast(rows.shape[1], rows.dtype)
-    return tf.cast(tf.reduce_mean(tf.math.reduce_std(rows, axis=0)) * tf.sqrt(width), tf.float32)
+    def mixed(self, views, mix):
+        """A symmetric loss has the mixtures of the first view as queries of both terms, as Un-Mix's CIFAR script does."""
+        mixtures = mix(views["query"])
+        return {**views, **{name: mixtures for name in self.query_names}}

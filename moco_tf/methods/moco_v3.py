@@ -7,8 +7,7 @@ import tensorflow as tf
 from moco_tf.distribute import first_row, gather_rows
 from moco_tf.errors import UsageError
 from moco_tf.losses import in_batch_logits, info_nce, positive_rank, unit
-from moco_tf.methods.base import Method
-from moco_tf.methods.moco import feature_std
+from moco_tf.methods.base import Method, accuracies, feature_std
 from moco_tf.momentum import momentum_copy, momentum_update
 from moco_tf.optim.schedules import half_cosine
 
@@ -38,7 +37,7 @@ class MoCoV3(Method):
         UsageError: an unknown schedule, or "cosine" without `total_steps`.
     """
 
-    view_names = ("view_1", "view_2")
+    view_names = query_names = ("view_1", "view_2")
 
     def __init__(self, encoder, predictor, temperature, momentum, momentum_schedule="constant", total_steps=None,
                  **kwargs):
@@ -61,23 +60,22 @@ class MoCoV3(Method):
         keys = tf.stop_gradient(gather_rows(here))    # (B, 2, C), in rank order
         return {"view_1": keys[:, 0], "view_2": keys[:, 1], "momentum": momentum}
 
-    def contrastive_loss(self, views, keys):
-        queries = [unit(self.predictor(self.encoder(views[name], training=True), training=True))
-                   for name in self.view_names]
+    def encode_queries(self, views):
+        return [unit(self.predictor(self.encoder(views[name], training=True), training=True))
+                for name in self.view_names]
+
+    def compare(self, queries, keys):
         here = queries[0].shape[0]
         positive = first_row(here) + tf.range(here)
         logits = [in_batch_logits(query, keys[other], self.temperature)
                   for query, other in zip(queries, reversed(self.view_names))]
         # Times the temperature, which keeps the size of the gradients; and twice, as in the reference.
         losses = 2.0 * self.temperature * tf.add_n([info_nce(term, positive) for term in logits])
-        return losses, {"queries": tf.concat(queries, axis=0), "logits": tf.concat(logits, axis=0),
-                        "positive": tf.tile(positive, [2])}
+        return losses, {"queries": queries, "logits": logits,
+                        "rank": tf.concat([positive_rank(term, positive) for term in logits], axis=0)}
 
     def metrics_of(self, keys, outputs):
-        rank = positive_rank(outputs["logits"], outputs["positive"])
-        return {"accuracy": tf.reduce_mean(tf.cast(rank < 1, tf.float32)),
-                "accuracy_top5": tf.reduce_mean(tf.cast(rank < 5, tf.float32)),
-                "feature_std": feature_std(keys["view_1"]),
+        return {**accuracies(outputs["rank"]), "feature_std": feature_std(keys["view_1"]),
                 "momentum": tf.cast(keys["momentum"], tf.float32)}
 
     def chance_loss(self, batch_size):

@@ -169,7 +169,12 @@ def normalized(rgb, space, axis=0, dtype=tf.float32):
     return tf.stack([(c - m) * (1.0 / h) for c, m, h in zip(channels, middle, half_range)], axis)
 
 
-def _channels(rgb, space, axis, dtype):
+def require_space(space):
+    """Raises UsageError where there is no such space."""
     if space not in SPACES:
         raise UsageError(f"A colour space must be one of {', '.join(SPACES)}. Received: {space!r}.")
+
+
+def _channels(rgb, space, axis, dtype):
+    require_space(space)
     return SPACES[space].convert(*(tf.cast(level, dtype) * (1.0 / 255.0) for level in tf.unstack(rgb, 3, axis)))

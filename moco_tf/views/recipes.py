@@ -9,7 +9,7 @@ All randomness is a function of the seed.
 import tensorflow as tf
 
 from moco_tf.errors import UsageError
-from moco_tf.views import ops, randaugment
+from moco_tf.views import colour, ops, randaugment
 
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 FASHION_MNIST = dict(mean=(0.286,) * 3, std=(0.353,) * 3)
@@ -25,19 +25,26 @@ class View:
         stages: (planes, seed) -> planes each.
         xla: whether XLA compiles the stages. Without it they take several times as long and give the same levels.
         interpolation: of the resize, "bilinear" or "bicubic", antialiased.
+        normalize: whole levels, planes (C, size, size) -> image (size, size, C), float32; None: the view is of uint8.
 
     Raises:
         UsageError: another interpolation.
     """
 
-    def __init__(self, size, crop, stages=(), xla=True, interpolation="bilinear"):
+    def __init__(self, size, crop, stages=(), xla=True, interpolation="bilinear", normalize=None):
         if interpolation not in ops.FILTERS:
             raise UsageError(f"An interpolation must be one of {', '.join(ops.FILTERS)}. Received: {interpolation!r}.")
         self.size, self.crop, self.stages, self.interpolation = size, crop, tuple(stages), interpolation
+        self.dtype = tf.float32 if normalize else tf.uint8
+        self._xla, self._to_image = xla, normalize or ops.to_image
         self._finish = tf.function(self._of_columns, jit_compile=xla)
 
+    def normalized(self, normalize):
+        """The same view with that as its last stage."""
+        return View(self.size, self.crop, self.stages, self._xla, self.interpolation, normalize)
+
     def __call__(self, image, seed):
-        """(H, W, 3) uint8 of any size, (2,) int32 -> (size, size, 3) uint8."""
+        """(H, W, C) uint8 of any size, (2,) int32 -> (size, size, C) of `dtype`."""
         frame = self.crop(tf.shape(image)[:2], self._seeds(seed)[0])
         return self._finish(ops.resample(image, frame, self.size, self.interpolation), seed)
 
@@ -53,7 +60,7 @@ class View:
         planes = ops.nearest(planes)
         for stage, stage_seed in zip(self.stages, tf.unstack(self._seeds(seed))[1:]):
             planes = stage(planes, stage_seed)
-        return ops.to_image(planes)
+        return self._to_image(planes)
 
     def _seeds(self, seed):
         return ops.split(seed, 1 + len(self.stages))
@@ -63,17 +70,25 @@ class Recipe:
     """Named views of one image, and how to normalise them.
 
     Attributes:
-        views: {name: f(image, seed)}.
-        mean, std: of red, green and blue on [0, 1].
+        views: {name: View}; all of one size.
+        mean, std: of each channel on [0, 1]; None where there is a `space`.
+        space: of `colour.SPACES`, whose constants normalise; None: the channels stay what they are.
+        channels: of the images it takes, 3 where a stage or the space needs colours; None: any number.
+
+    Raises:
+        UsageError: no such space.
     """
 
-    def __init__(self, views, mean, std, xla=True):
+    def __init__(self, views, mean=None, std=None, xla=True, space=None, channels=3):
+        if space is not None:
+            colour.require_space(space)
         self.views, self.mean, self.std, self.xla = dict(views), mean, std, xla
+        self.space, self.channels = space, channels
         self.apply_batch = tf.function(self._apply_batch, jit_compile=xla)
         self.apply_batch.__doc__ = self._apply_batch.__doc__
 
     def apply(self, image, seed):
-        """(H, W, 3) uint8, (2,) int32 -> {name: (S, S, 3) uint8}; each view draws for itself."""
+        """(H, W, C) uint8, (2,) int32 -> {name: (S, S, C) of the views' dtype}; each view draws for itself."""
         seeds = tf.unstack(ops.split(seed, len(self.views)))
         return {name: view(image, s) for (name, view), s in zip(self.views.items(), seeds)}
 
@@ -82,10 +97,36 @@ class Recipe:
         if len(self.views) > 1:
             return self
         (name, view), = self.views.items()
-        return Recipe({name: view, f"{name}_again": view}, self.mean, self.std, self.xla)
+        return self._with({name: view, f"{name}_again": view})
+
+    def normalize(self, images, dtype=tf.float32):
+        """(B, S, S, C) uint8 -> what the encoder takes, of `dtype`; the arithmetic is at least float32."""
+        if self.space:
+            exact = tf.float64 if tf.as_dtype(dtype) == tf.float64 else tf.float32
+            return tf.cast(colour.normalized(images, self.space, -1, exact), dtype)
+        return ops.normalize(images, self.mean, self.std, dtype)
+
+    def normalized(self):
+        """The recipe whose views come normalised, float32, from the same draws: the last stage of each."""
+        twins = {view: view.normalized(self._normalize_planes) for view in set(self.views.values())}
+        return self._with({name: twins[view] for name, view in self.views.items()})
+
+    def require_channels(self, channels):
+        """Raises UsageError where the recipe does not take images of so many channels."""
+        if self.channels not in (None, channels):
+            raise UsageError(f"The views take images of {self.channels} channels. Received: {channels} channels. "
+                             'Set data.channels, or take the views "channels", which crop and flip images of any.')
+
+    def _normalize_planes(self, planes):
+        if self.space:
+            return ops.interleave(colour.normalized(planes, self.space))
+        return tf.transpose(ops.normalize_planes(planes, self.mean, self.std), [1, 2, 0])
+
+    def _with(self, views):
+        return Recipe(views, self.mean, self.std, self.xla, self.space, self.channels)
 
     def _apply_batch(self, images, seeds):
-        """(n, H, W, 3) uint8 of static shape, (n, 2) int32 -> {name: (n, S, S, 3) uint8}, as `apply` of each.
+        """(n, H, W, C) uint8 of static shape, (n, 2) int32 -> {name: (n, S, S, C)}, as `apply` of each.
 
         One call for all: with small images the calls would otherwise take longer than the work.
         """
@@ -95,7 +136,8 @@ class Recipe:
             return {name: view.of_shape(image, s) for (name, view), s in zip(self.views.items(), per_view)}
 
         return tf.map_fn(one, (images, seeds), fn_output_signature={
-            name: tf.TensorSpec([view.size, view.size, 3], tf.uint8) for name, view in self.views.items()})
+            name: tf.TensorSpec([view.size, view.size, images.shape[-1]], view.dtype)
+            for name, view in self.views.items()})
 
 
 def _alike(view, statistics, xla):
@@ -175,10 +217,33 @@ def quickstart(size=28, crop_min=0.2, brightness=0.4, contrast=0.4, jitter=0.8, 
     return Recipe(dict.fromkeys(names, view), **FASHION_MNIST, xla=xla)
 
 
+def cmc(size=224, crop_min=0.2, space="Lab", flip=0.5, names=("query",), xla=True):
+    """Contrastive multiview coding (arXiv:1906.05849, sec. 4, and its code): crop, flip, then a colour space, whose
+    channels the encoder's branches share out. The halves of a view are of one crop.
+
+    `space` is one of `colour.SPACES`; the paper's are "Lab" and "YCbCr". `names`: two, ("query", "key"), draw two
+    crops, as a momentum encoder needs them.
+    """
+    view = View(size, ops.random_crop(size, (crop_min, 1.0)), [ops.random_flip(flip)], xla)
+    return Recipe(dict.fromkeys(names, view), xla=xla, space=space)
+
+
+def channels(size=224, mean=(), std=(), crop_min=0.2, flip=0.5, names=("query",), xla=True):
+    """Images of any number of channels, such as RGB and depth in one array: crop and flip.
+
+    `mean` and `std` have a number for each channel, on [0, 1]; `names` as in `cmc`.
+    """
+    if not mean or len(mean) != len(std):
+        raise UsageError('The views "channels" need views.mean and views.std, a number for each channel of the images. '
+                         f"Received: mean {tuple(mean)}, std {tuple(std)}.")
+    view = View(size, ops.random_crop(size, (crop_min, 1.0)), [ops.random_flip(flip)], xla)
+    return Recipe(dict.fromkeys(names, view), mean, std, xla, channels=len(mean))
+
+
 def train_linear(size=224, crop_min=0.08, xla=True):
     """Training a linear classifier on frozen features: crop and flip."""
     view = View(size, ops.random_crop(size, (crop_min, 1.0)), [ops.random_flip(0.5)], xla)
-    return Recipe({"image": view}, **IMAGENET, xla=xla)
+    return Recipe({"image": view}, **IMAGENET, xla=xla, channels=None)
 
 
 def transfer(size=224, crop_min=0.05, xla=True):
@@ -203,11 +268,11 @@ def evaluation(size=224, shorter_side=None, interpolation="bilinear", xla=True):
     the recipe that the encoder was trained with.
     """
     crop = ops.central_crop(size, shorter_side or size * 256 // 224)
-    return Recipe({"image": View(size, crop, (), xla, interpolation)}, **IMAGENET, xla=xla)
+    return Recipe({"image": View(size, crop, (), xla, interpolation)}, **IMAGENET, xla=xla, channels=None)
 
 
 RECIPES = {
     "moco_v1": moco_v1, "moco_v2": moco_v2, "moco_v3": moco_v3, "insdis": insdis, "insdis_cifar": insdis_cifar,
-    "cifar": cifar,
+    "cifar": cifar, "cmc": cmc, "channels": channels,
     "quickstart": quickstart, "train_linear": train_linear, "transfer": transfer, "deit": deit, "eval": evaluation,
 }

@@ -28,8 +28,8 @@ keras = tf.keras
 class Watched(MoCo):
     """Also returns what the files hold of a step: each replica's loss, and its first row of logits."""
 
-    def contrastive_loss(self, views, keys):
-        losses, outputs = super().contrastive_loss(views, keys)
+    def compare(self, queries, keys):
+        losses, outputs = super().compare(queries, keys)
         return losses, {**outputs, "losses": losses}
 
     def metrics_of(self, keys, outputs):
@@ -38,7 +38,7 @@ class Watched(MoCo):
         here = tf.one_hot(context.replica_id_in_sync_group, replicas, dtype=outputs["losses"].dtype)
         # The step takes the mean over the replicas, so a row that only one fills comes back whole times the number.
         return {"loss_of": replicas * here * tf.reduce_mean(outputs["losses"]),
-                "logits_of": replicas * here[:, None] * outputs["logits"][0]}
+                "logits_of": replicas * here[:, None] * outputs["logits"][0][0]}
 
 
 def has_method(settings):
@@ -173,10 +173,11 @@ class WatchedV3(moco_v3.MoCoV3):
     """Also returns what the files hold of a step: terms of the loss, first rows, and the momentum in full precision."""
 
     def metrics_of(self, keys, outputs):
-        losses = moco_v3.info_nce(outputs["logits"], outputs["positive"])
+        positive = tf.range(outputs["logits"][0].shape[0])
+        losses = [tf.reduce_mean(moco_v3.info_nce(term, positive)) for term in outputs["logits"]]
         _, k2, q1, _ = raw_rows
-        return {"loss_terms": 2.0 * self.temperature * tf.reduce_mean(tf.reshape(losses, (2, -1)), axis=1),
-                "logits0": outputs["logits"][0], "q1_row0": q1[0], "k2_row0": k2[0], "m": keys["momentum"]}
+        return {"loss_terms": 2.0 * self.temperature * tf.stack(losses),
+                "logits0": outputs["logits"][0][0], "q1_row0": q1[0], "k2_row0": k2[0], "m": keys["momentum"]}
 
 
 @pytest.mark.parametrize(**replay.cases("moco_v3_steps", replay.has_encoder))

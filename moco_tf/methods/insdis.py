@@ -47,6 +47,7 @@ class InsDis(Method):
     """
 
     view_names = ("query",)
+    least_branches = 1
 
     def __init__(self, encoder, dim, bank_size, temperature, num_negatives=0, loss=FULL, momentum=0.5,
                  partition_momentum=1.0, shared_negatives=False, shard_bank=False, seed=0, **kwargs):
@@ -62,6 +63,9 @@ class InsDis(Method):
             raise UsageError("method.loss 'full' scores all images and draws none. Received: method.num_negatives "
                              f"{num_negatives}. Use 0, or the loss 'softmax'.")
         branches = encoder.output_shape[-1] // dim
+        if branches < self.least_branches:
+            raise UsageError("CMC contrasts the branches of an encoder, so it must have two or more. Received: one. Set "
+                             'branches, as (("l_to_ab", 1), ("ab_to_l", 2)), or use the method insdis.')
         kind = ShardedMemoryBank if shard_bank else MemoryBank
         self.banks = [kind(bank_size, dim, momentum, seed=seed + branch, name=f"memory_bank_{branch}")
                       for branch in range(branches)]
@@ -138,8 +142,4 @@ class CMC(InsDis):
         UsageError: as `InsDis` does; an encoder of one branch.
     """
 
-    def __init__(self, encoder, dim, **kwargs):
-        super().__init__(encoder, dim, **kwargs)
-        if len(self.banks) < 2:
-            raise UsageError("CMC contrasts the branches of an encoder, so it must have two or more. Received: one. Set "
-                             "branches, as ((\"l_to_ab\", 1), (\"ab_to_l\", 2)), or use the method insdis.")
+    least_branches = 2

@@ -1,6 +1,6 @@
 """CMC with queues and momentum encoders on patches of photographs, two narrow ResNet-18, minutes on two CPU cores.
 
-    moco-tf data cut PHOTOS patches && moco-tf pretrain --config=cmc_moco_quickstart --config.data.path=patches --workdir=runs/c
+    moco-tf pretrain --config=cmc_moco_quickstart --config.data.path=patches --workdir=runs/cmc_moco
 
 Measured: see the README.
 """
@@ -9,7 +9,6 @@ from moco_tf.config import recipe
 
 def get_config():
     config = recipe("cmc_quickstart")
-    config.shuffle_bn = "input"
-    config.views.names = ("query", "key")
+    config.batch_size, config.bn_group_size = 64, 32
     config.method = dict(name="moco", queue_size=1024, temperature=0.1, momentum=0.99)
     return config

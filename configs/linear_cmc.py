@@ -5,7 +5,8 @@
     moco-tf linear --encoder=runs/cmc_alexnet --config=linear_cmc --layers=1,2,3,4,5
 
 Both branches' maps, side by side along the channels, are pooled to a grid and flattened. The encoder's normalisation
-makes the colour space. The rate does not scale with the batch there. Published: 42.6 % ImageNet top-1. Not trained by us.
+makes the colour space. The rate does not scale with the batch there. Published: 42.6 % ImageNet top-1. Not trained by
+us.
 """
 from moco_tf.config import recipe
 

@@ -4,7 +4,8 @@ import tensorflow as tf
 
 from moco_tf.errors import UsageError
 from moco_tf.views import ops
-from moco_tf.views.mixture import beta as ratio_from, box_round, cut_sides, mix, paste, ratio_of
+from moco_tf.views.image_mixture import mixture_box
+from moco_tf.views.mixture import beta as ratio_from, mix, paste, ratio_of
 
 
 def unmixed(method, probability=0.5, beta=1.0, seed=0):
@@ -43,9 +44,7 @@ def unmixed(method, probability=0.5, beta=1.0, seed=0):
             key = tf.stack([seed, tf.cast(self.optimizer.iterations, tf.int32)])
             numbers = ops.uniform(key, [5])
             whole, drawn = numbers[0] < probability, ratio_from(numbers[1:3], beta)
-            middle = (tf.cast(numbers[3 + i] * side, tf.int32) for i, side in enumerate((height, width)))
-            sides = [2 * (side // 2) for side in cut_sides(drawn, height, width)]    # as the reference halves them
-            box = box_round(*middle, sides, height, width)
+            box = mixture_box(numbers[3:], drawn, height, width)
 
             def mixture(images):
                 return tf.cond(whole, lambda: tf.cast(mix(images, drawn), images.dtype), lambda: paste(images, box))

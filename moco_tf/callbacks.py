@@ -9,6 +9,7 @@ import time
 
 import tensorflow as tf
 
+from moco_tf.distribute import Hosts
 from moco_tf.errors import DataError, DivergedError, Preempted
 from moco_tf.files import write_file
 
@@ -24,11 +25,12 @@ class Checkpoints:
 
     Args:
         method: a compiled, built Method.
-        folder: may be gs://.
+        folder: may be gs://; one that all hosts see.
+        hosts: which train together; None: there is one.
     """
 
-    def __init__(self, method, folder, keep=2):
-        self.folder = folder
+    def __init__(self, method, folder, keep=2, hosts=None):
+        self.folder, self.hosts = folder, hosts or Hosts(tf.distribute.get_strategy())
         self.checkpoint = tf.train.Checkpoint(method=method, optimizer=method.optimizer)
         self.manager = tf.train.CheckpointManager(self.checkpoint, folder, max_to_keep=keep, checkpoint_name="step")
         self.good = None    # path of the newest one that this process has read or written
@@ -55,14 +57,25 @@ class Checkpoints:
         return None
 
     def save(self, step):
-        """Raises DataError when it cannot be written; what was saved before is then still there."""
-        try:
-            self.good = self.manager.save(checkpoint_number=step)
-        except (tf.errors.OpError, OSError) as error:
-            self._remove_remains(f"step-{step}")
-            raise DataError(f"A checkpoint must be written to {self.folder}. Received: {_first_line(error)}. "
+        """All hosts call it together, at the same step, where their variables are equal: the chief writes them, and the
+        others wait until it has.
+
+        Raises:
+            DataError: on all hosts, when it cannot be written; what was saved before is then still there.
+        """
+        failure = None
+        if self.hosts.chief:
+            try:
+                self.manager.save(checkpoint_number=step)
+            except (tf.errors.OpError, OSError) as error:
+                self._remove_remains(f"step-{step}")
+                failure = _first_line(error)
+        if self.hosts.sum(failure is not None):
+            raise DataError(f"A checkpoint must be written to {self.folder}. Received: "
+                            f"{failure or 'an error of the chief, which says more'}. "
                             f"The last good one is {self.good or 'none'}; make room and start again, "
-                            "the same command resumes.") from None
+                            "the same command resumes.")
+        self.good = f"{self.folder}/step-{step}"
 
     def _remove_remains(self, name):
         for remains in tf.io.gfile.listdir(self.folder):
@@ -120,9 +133,9 @@ class Log(StepCallback):
         first_step, total_steps, steps_per_epoch: where the run stands.
         batch_size: global.
         every: steps between the lines.
-        path: of metrics.jsonl; lines of steps after `first_step`, of a run that was killed, are taken out.
+        path: of metrics.jsonl; lines of steps after `first_step`, of a run that was killed, are taken out. None: no file.
         writer: of tf.summary, or None.
-        clock: the pipeline's BatchClock.
+        clock: the pipeline's BatchClock, or None.
         chance: the loss of guessing, ln(K + 1).
     """
 
@@ -135,7 +148,8 @@ class Log(StepCallback):
         self.warned, self.busy_seconds, self.trained_steps = set(), 0.0, 0
         self.window_began, self.window_start, self.begins = None, first_step, []
         self.line = ProgressLine()
-        keep_lines(path, lambda line: line["step"] <= first_step)
+        if path:
+            keep_lines(path, lambda line: line["step"] <= first_step)
 
     def on_train_batch_begin(self, batch, logs=None):
         now = time.time()
@@ -152,13 +166,12 @@ class Log(StepCallback):
         values = {name: float(value) for name, value in logs.items()}
         now = time.time()
         seconds = now - self.window_began
-        ready = self.clock.times.numpy()
-        waited = sum(max(0.0, ready[s % len(ready)] - began) for s, began in self.begins[-len(ready):])
         rate = (step - self.window_start) * self.batch_size / seconds
         record = {"step": step, "epoch": (step - 1) // self.steps_per_epoch, **values,
                   "learning_rate": float(self.schedule(step - 1)),
-                  "images_per_s": round(rate, 2), "data_wait": round(min(1.0, waited / seconds), 4)}
-        append_line(self.path, record)
+                  "images_per_s": round(rate, 2), **self._data_wait(seconds)}
+        if self.path:
+            append_line(self.path, record)
         if self.writer:
             with self.writer.as_default(step=step):
                 for name, value in record.items():
@@ -181,21 +194,30 @@ class Log(StepCallback):
     def images_per_s(self):
         return self.trained_steps * self.batch_size / self.busy_seconds if self.busy_seconds else 0.0
 
+    def _data_wait(self, seconds):
+        """{"data_wait": the share of the window's seconds that its steps waited}, or {}."""
+        if not self.clock:
+            return {}
+        ready = self.clock.times.numpy()
+        waited = sum(max(0.0, ready[s % len(ready)] - began) for s, began in self.begins[-len(ready):])
+        return {"data_wait": round(min(1.0, waited / seconds), 4)}
+
     def _show(self, record, last):
         rate = self.images_per_s()
         left = (self.total_steps - record["step"]) * self.batch_size / rate if rate else math.inf
         std = f"  std {record['feature_std']:.2f}" if "feature_std" in record else ""
+        waiting = f"waiting for data {record['data_wait']:.0%}  " if "data_wait" in record else ""
         self.line.show(
             f"epoch {record['epoch'] + 1} step {record['step']}/{self.total_steps}  loss {record['loss']:.3f} "
             f"(chance {self.chance:.2f})  accuracy {record['accuracy']:.1%}{std}  lr {record['learning_rate']:.3g}  "
-            f"{record['images_per_s']:.0f} images/s  waiting for data {record['data_wait']:.0%}  ETA {clock_time(left)}",
+            f"{record['images_per_s']:.0f} images/s  {waiting}ETA {clock_time(left)}",
             force=last)
 
     def _warn(self, record):
         said = {
             "collapse": record.get("feature_std", 1.0) < COLLAPSED_STD and
             "the embeddings are nearly alike (collapse): lower the learning rate, or raise the momentum or the queue.",
-            "input": record["step"] > 2 * self.every and record["data_wait"] > INPUT_BOUND_SHARE and
+            "input": record["step"] > 2 * self.every and record.get("data_wait", 0) > INPUT_BOUND_SHARE and
             f"{record['data_wait']:.0%} of the time goes into waiting for data: the input pipeline is the limit "
             "(more cores, smaller images, or packed records: `moco-tf data pack`).",
             "partition": not 1 / FAR_PARTITION < record.get("partition_ratio", 1.0) < FAR_PARTITION and
@@ -289,13 +311,18 @@ class Every(StepCallback):
 
 
 class StopOnSignal(StepCallback):
-    """SIGTERM or Ctrl-C: the step in flight ends, the run is saved, and `Preempted` ends the command with code 75."""
+    """SIGTERM or Ctrl-C: the step in flight ends, the run is saved, and `Preempted` ends the command with code 75.
+
+    Of several hosts any one may get the signal; they ask each other every few steps, and stop at the same one.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    ASK_EVERY = 5    # steps; asking takes milliseconds, and until then the signal waits
 
-    def __init__(self, first_step, checkpoints):
+    def __init__(self, first_step, checkpoints, hosts=None):
         super().__init__(first_step)
         self.checkpoints, self.received = checkpoints, None
+        self.hosts = hosts or Hosts(tf.distribute.get_strategy())
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
@@ -309,13 +336,13 @@ class StopOnSignal(StepCallback):
         self.received = number
 
     def on_step(self, step, logs):
-        if self.received:
+        if (self.hosts.count == 1 or self.crossed(self.ASK_EVERY)) and self.hosts.sum(self.received is not None):
             self.save_and_stop(step)
 
     def save_and_stop(self, step):
         self.checkpoints.save(step)
-        raise Preempted(f"stopped by {signal.Signals(self.received).name} and saved at step {step}; "
-                        "the same command goes on from there.")
+        sender = signal.Signals(self.received).name if self.received else "a signal to another host"
+        raise Preempted(f"stopped by {sender} and saved at step {step}; the same command goes on from there.")
 
 
 def append_line(path, record):

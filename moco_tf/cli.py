@@ -19,14 +19,16 @@ def pretrain(argv):
     """
     values = _flags()
     flags.DEFINE_string("workdir", None, "Folder, local or gs://, for everything of the run.", flag_values=values)
+    flags.DEFINE_string("data_service", "", "Address of a tf.data service that makes the views, grpc://HOST:PORT (see "
+                        "`moco-tf data serve`).", flag_values=values)
     _strategy_flags(values)
     config, _ = _parse(argv, values, config=True, required=("workdir",))
     print_onednn()
     from moco_tf.distribute import make_strategy, set_intra_op_threads
     from moco_tf.train import pretrain as run
     set_intra_op_threads(config.intra_op_threads)
-    strategy, reason = make_strategy(values.strategy, values.cpu_replicas)
-    results = run(config, values.workdir, strategy, reason)
+    strategy, reason = make_strategy(values.strategy, values.cpu_replicas, values.tpu)
+    results = run(config, values.workdir, strategy, reason, values.data_service)
     for name, title in (("knn_top1", "kNN accuracy"), ("view_retrieval", "view retrieval")):
         if results[f"{name}_final"] is not None:
             print(f"{title}: {results[f'{name}_initial']:.2%} before training, {results[f'{name}_final']:.2%} after")
@@ -39,6 +41,7 @@ def linear(argv):
     moco-tf linear --encoder=runs/quickstart                                   # the papers' protocol, linear_v1v2
     moco-tf linear --encoder=runs/quickstart --fast                            # features once, then a grid in one pass
     moco-tf linear --encoder=export/ --config.data.name=folder --config.data.path=/data/photos --workdir=runs/probe
+    moco-tf linear --encoder=runs/cmc_alexnet --config=linear_cmc --layers=1,2,3,4,5    # layer by layer
     """
     _train_classifier(argv, "linear_v1v2", fast=True)
 
@@ -63,6 +66,9 @@ def _train_classifier(argv, recipe, fast=False):
                           "instead of the protocol.", flag_values=values)
         flags.DEFINE_string("cache", None, "fast: folder for the features (default: in the encoder's workdir).",
                             flag_values=values)
+        flags.DEFINE_list("layers", None, "Numbers of the layers to probe one after the other, each in a folder of its own "
+                          "(default: the config's layer). For recipes that have one, such as linear_cmc.",
+                          flag_values=values)
     _strategy_flags(values)
     config, _ = _parse(argv, values, config=True, default=recipe)
     if "encoder" not in config:
@@ -70,22 +76,41 @@ def _train_classifier(argv, recipe, fast=False):
                          f"{values.config or f'the workdir {values.workdir}, which holds another run'}. Give --config={recipe}, or "
                          "another --workdir.")
     print_onednn()
-    from moco_tf.distribute import make_strategy, set_intra_op_threads
+    from moco_tf.distribute import Hosts, make_strategy, set_intra_op_threads
     from moco_tf.evaluation.classifier import complete_config, train_classifier
     config = configs.override(config, encoder=values.encoder or config.encoder, side=values.side or config.side)
     config = complete_config(config)
-    name = f"{values.config or recipe}{'_fast' if fast and values.fast else ''}"
-    workdir = values.workdir or _beside(config.encoder, name)
+    fast = fast and values.fast
+    workdir = values.workdir or _beside(config.encoder, f"{values.config or recipe}{'_fast' if fast else ''}")
     set_intra_op_threads(config.intra_op_threads)
-    if fast and values.fast:
-        from moco_tf.evaluation.probe import fast_linear
-        results = fast_linear(config, workdir, values.cache)
-        print(f"top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%}; everything is in {workdir}")
-        return
-    strategy, reason = make_strategy(values.strategy, values.cpu_replicas)
-    results = train_classifier(config, workdir, strategy, reason)
-    print(f"top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%} at the end; best top-1 {results['best_top1']:.2%} at "
-          f"step {results['best_step']}; everything is in {workdir}")
+    strategy, reason = (None, "") if fast else make_strategy(values.strategy, values.cpu_replicas, values.tpu)
+    if not fast and Hosts(strategy).count > 1:
+        raise UsageError(f"{argv[0]} takes one host. Received: the {Hosts(strategy).count} of TF_CONFIG. Unset it, or use "
+                         "--strategy=mirrored.")
+    for folder, own in _layer_by_layer(config, workdir, values).items():
+        if fast:
+            from moco_tf.evaluation.probe import fast_linear
+            results = fast_linear(own, folder, values.cache)
+            print(f"top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%}; everything is in {folder}")
+        else:
+            results = train_classifier(own, folder, strategy, reason)
+            print(f"top-1 {results['top1']:.2%}, top-5 {results['top5']:.2%} at the end; best top-1 "
+                  f"{results['best_top1']:.2%} at step {results['best_step']}; everything is in {folder}")
+
+
+def _layer_by_layer(config, workdir, values):
+    """{folder: config} of the runs that a command asks for: one for each of --layers, or just one."""
+    layers = "layers" in values and values.layers
+    if layers and "layer" not in config:
+        raise UsageError("--layers belongs to recipes that probe a layer, such as linear_cmc. Received: "
+                         f"--layers={','.join(layers)} with another.")
+    if layers:
+        numbers = _numbers(layers, int, "--layers")
+    elif "layer" in config and not values.workdir:
+        numbers = [config.layer]
+    else:
+        return {workdir: config}
+    return {f"{workdir}/layer{number}": configs.override(config, layer=number) for number in numbers}
 
 
 def _beside(encoder, name):
@@ -211,22 +236,40 @@ def _is_run(path):
 
 
 def data(argv):
-    """Looks at images, or packs them into TFRecord shards.
+    """Looks at images, packs them, cuts photographs into patches, or makes views for other machines.
 
     moco-tf data check PATH [--split=val]
     moco-tf data pack PATH OUT [--split=train] [--shards=N] [--overwrite]
+    moco-tf data cut PATH OUT [--side=32] [--shorter_side=512]
+    moco-tf data serve --role=dispatcher --port=5050
+    moco-tf data serve --role=worker --port=5051 --dispatcher=HOST:5050
     """
     values = _flags()
     flags.DEFINE_string("split", None, "check: sub-folder of PATH to look at; left out: all below PATH. pack: sub-folder "
                         "to pack, if there is such (default: train).", flag_values=values)
     flags.DEFINE_integer("shards", 0, "pack: number of files; 0: files of about 150 MB.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "pack: replace a finished pack.", flag_values=values)
+    flags.DEFINE_integer("side", 32, "cut: side of a patch in pixels.", flag_values=values)
+    flags.DEFINE_integer("shorter_side", 512, "cut: larger photographs are reduced to it first; 0: none is.",
+                         flag_values=values)
+    flags.DEFINE_enum("role", "worker", ["dispatcher", "worker"], "serve: part to run.", flag_values=values)
+    flags.DEFINE_integer("port", 5050, "serve: to listen on.", lower_bound=1, upper_bound=65535, flag_values=values)
+    flags.DEFINE_string("dispatcher", "", "serve: a worker's dispatcher, HOST:PORT.", flag_values=values)
+    flags.DEFINE_string("host", "", "serve: the name by which the other machines reach this one (default: its own).",
+                        flag_values=values)
     _, rest = _parse(argv, values)
-    wanted = {"check": 2, "pack": 3}
+    wanted = {"check": 2, "pack": 3, "cut": 3, "serve": 1}
     if not rest or rest[0] not in wanted or len(rest) != wanted[rest[0]]:
-        raise UsageError(f"data takes `check PATH` or `pack PATH OUT`. Received: {' '.join(rest) or 'nothing'}.")
-    from moco_tf.data import tools
-    if rest[0] == "check":
+        raise UsageError("data takes `check PATH`, `pack PATH OUT`, `cut PATH OUT` or `serve`. Received: "
+                         f"{' '.join(rest) or 'nothing'}.")
+    if rest[0] == "serve":
+        from moco_tf.data.service import serve
+        serve(values.role, values.port, values.dispatcher, values.host)
+        return
+    from moco_tf.data import patches, tools
+    if rest[0] == "cut":
+        print(patches.format_cut(rest[2], patches.cut(rest[1], rest[2], values.side, values.shorter_side)))
+    elif rest[0] == "check":
         report = tools.check(rest[1], split=values.split)
         print(tools.format_report(report))
         if report.unreadable:
@@ -288,7 +331,7 @@ def doctor(argv):
     _strategy_flags(values)
     _parse(argv, values)
     from moco_tf.doctor import examine
-    examine(values.strategy, values.cpu_replicas)
+    examine(values.strategy, values.cpu_replicas, values.tpu)
 
 
 COMMANDS = {"pretrain": pretrain, "linear": linear, "finetune": finetune, "knn": knn, "export": export,
@@ -340,8 +383,11 @@ def _flags():
 
 
 def _strategy_flags(values):
-    flags.DEFINE_enum("strategy", "auto", ["auto", "default", "mirrored"],
-                      "Devices to train on; auto picks by what is there.", flag_values=values)
+    flags.DEFINE_enum("strategy", "auto", ["auto", "default", "mirrored", "multi_worker", "tpu"],
+                      "Devices to train on; auto picks by what is there: the hosts of TF_CONFIG, a TPU, several GPUs, one "
+                      "device.", flag_values=values)
+    flags.DEFINE_string("tpu", "", "local, or the name of a slice (default: the environment's TPU_NAME, or local).",
+                        flag_values=values)
     flags.DEFINE_integer("cpu_replicas", 0, "Splits the CPU into so many replicas, to try out several devices.",
                          lower_bound=0, flag_values=values)
 

@@ -44,6 +44,7 @@ class InfoNCE(keras.layers.Layer):
 
     def update(self, noted, write):
         """There is nothing to remember."""
+        del noted, write
 
     def metrics_of(self, noted):
         return {"positive_probability": tf.cast(noted["probability"], tf.float32)}

@@ -1,10 +1,16 @@
-"""What several replicas change: the strategy, and the few collectives. Everything else is written for one replica."""
+"""What several replicas and hosts change: the strategy, and the few collectives. Everything else is written for one."""
 
+import json
+import os
+
+import numpy as np
 import tensorflow as tf
 
 from moco_tf.errors import UsageError
 
-STRATEGIES = ("auto", "default", "mirrored")
+STRATEGIES = ("auto", "default", "mirrored", "multi_worker", "tpu")
+LOST = (tf.errors.UnavailableError, tf.errors.AbortedError, tf.errors.CancelledError,
+        tf.errors.DeadlineExceededError)    # how TensorFlow says that another process is gone
 
 
 def set_intra_op_threads(count):
@@ -17,34 +23,139 @@ def set_intra_op_threads(count):
         tf.config.threading.set_intra_op_parallelism_threads(count)
 
 
-def make_strategy(name="auto", cpu_replicas=0):
+def make_strategy(name="auto", cpu_replicas=0, tpu=""):
     """The `tf.distribute` strategy of a name, and a sentence that says why it is this one.
 
     Args:
-        name: "auto", "default" (one device) or "mirrored" (every local GPU, or `cpu_replicas` logical CPU devices).
+        name: "default" (one device); "mirrored" (every local GPU, or `cpu_replicas` logical CPU devices);
+            "multi_worker" (every GPU, or the CPU, of each host that the environment's TF_CONFIG names; one process on
+            each); "tpu"; "auto": the first that applies of multi_worker, tpu, mirrored and default.
         cpu_replicas: > 0 splits the CPU into so many logical devices, one replica each: the same mathematics as so
             many GPUs. It must be asked for before TensorFlow has started its devices.
+        tpu: "local": the chips of this machine; else the name of a slice; "": the environment's TPU_NAME, or local.
 
     Returns:
         (strategy, reason).
 
     Raises:
-        UsageError: unknown name; more CPU replicas asked for than the started runtime has.
+        UsageError: unknown name; what it needs is not here; more CPU replicas asked for than the started runtime has.
     """
     if name not in STRATEGIES:
         raise UsageError(f"The strategy must be one of {', '.join(STRATEGIES)}. Received: {name!r}.")
+    if cpu_replicas > 1 and name not in ("auto", "mirrored"):
+        raise UsageError(f"Only the strategy mirrored splits the CPU. Received: strategy {name!r} with "
+                         f"cpu_replicas={cpu_replicas}. Use --strategy=mirrored.")
+    if tpu and name not in ("auto", "tpu"):
+        raise UsageError(f"Only the strategy tpu takes the name of a TPU. Received: strategy {name!r}, TPU {tpu!r}.")
     if cpu_replicas > 1:
-        if name == "default":
-            raise UsageError("The default strategy has one replica. Received: strategy 'default' with "
-                             f"cpu_replicas={cpu_replicas}. Use --strategy=mirrored.")
         _split_cpu(cpu_replicas)
         devices = [f"/cpu:{i}" for i in range(cpu_replicas)]
         return tf.distribute.MirroredStrategy(devices), f"mirrored over {cpu_replicas} logical CPU devices, as asked"
+    asked = ", as asked" if name != "auto" else ""
+    if name == "multi_worker" or name == "auto" and len(_addresses()) > 1:
+        return _multi_worker(), f"multi_worker{asked}: TF_CONFIG names {len(_addresses())} host(s)"
+    tpu = tpu or os.environ.get("TPU_NAME", "")
+    if name == "tpu" or name == "auto" and (tpu or tf.config.list_physical_devices("TPU")):
+        return _tpu(tpu or "local"), f"tpu{asked}: {tpu or 'local'}"
     gpus = tf.config.list_physical_devices("GPU")
-    if name == "mirrored" or (name == "auto" and len(gpus) > 1):
+    if name == "mirrored" or name == "auto" and len(gpus) > 1:
         strategy = tf.distribute.MirroredStrategy()
-        return strategy, f"mirrored over {strategy.num_replicas_in_sync} device(s)"
-    return tf.distribute.get_strategy(), "default: " + ("one GPU" if gpus else "no GPU here, the CPU")
+        return strategy, f"mirrored{asked}: {strategy.num_replicas_in_sync} device(s) here"
+    return tf.distribute.get_strategy(), f"default{asked}: {'one GPU' if gpus else 'no GPU here, the CPU'}"
+
+
+def _addresses():
+    """Of the hosts that TF_CONFIG names, the chief first; [] without."""
+    return [address for _, addresses in sorted(_tf_config().get("cluster", {}).items()) for address in addresses]
+
+
+def _tf_config():
+    """What the environment's TF_CONFIG holds, {} without one.
+
+    Raises:
+        UsageError: it is not of the form that TensorFlow documents, or names other jobs than chief and worker.
+    """
+    text = os.environ.get("TF_CONFIG", "")
+    try:
+        read = json.loads(text or "{}")
+        if read.get("cluster"):
+            read["cluster"][read["task"]["type"]][read["task"]["index"]]
+        if set(read.get("cluster", {})) <= {"chief", "worker"}:
+            return read
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        pass
+    raise UsageError('TF_CONFIG must be like {"cluster": {"worker": ["HOST0:PORT", "HOST1:PORT"]}, "task": {"type": '
+                     f'"worker", "index": 0}}, the index another on each host. Received: {text}.')
+
+
+def _multi_worker():
+    addresses = _addresses()
+    if not addresses:
+        raise UsageError("The strategy multi_worker needs TF_CONFIG in the environment, which names all hosts. "
+                         "Received: none.")
+    task = _tf_config()["task"]
+    print(f"{task['type']} {task['index']}, waiting for all {len(addresses)} hosts: {', '.join(addresses)}", flush=True)
+    communication = tf.distribute.experimental.CommunicationImplementation
+    options = tf.distribute.experimental.CommunicationOptions(
+        implementation=communication.NCCL if tf.config.list_physical_devices("GPU") else communication.RING)
+    try:
+        return tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    except (tf.errors.OpError, RuntimeError) as error:
+        raise UsageError(f"The hosts of TF_CONFIG must find each other. Received: {_first_line(error)}. The ports must "
+                         "be free, and open between the hosts; TensorFlow must not have computed before.") from None
+
+
+def _tpu(name):
+    print(f"connecting to the TPU {name}", flush=True)
+    try:
+        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
+        tf.config.experimental_connect_to_cluster(resolver)
+        tf.tpu.experimental.initialize_tpu_system(resolver)
+        return tf.distribute.TPUStrategy(resolver)
+    except (tf.errors.OpError, RuntimeError, ValueError, OSError) as error:
+        raise UsageError(f"A TPU must answer as {name!r}. Received: {_first_line(error)}. TensorFlow must be one made "
+                         "for TPUs; --tpu=local is this machine's, which another process may hold, --tpu=NAME a "
+                         "slice.") from None
+
+
+def _first_line(error):
+    return str(getattr(error, "message", error)).strip().split("\n")[0].rstrip(".")
+
+
+class Hosts:
+    """The processes that train together, each on a host of its own. The first one, the chief, writes what a run leaves.
+    A TPU slice has one process, whatever its number of hosts.
+
+    Attributes:
+        count: how many there are.
+        index: which one this is, 0 for the chief.
+        remote_input: whether the input pipelines run in other processes, those of a TPU slice.
+    """
+
+    def __init__(self, strategy):
+        self._strategy, self.count, self.index = strategy, 1, 0
+        if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            task, addresses = _tf_config()["task"], _addresses()
+            self.count = len(addresses)
+            self.index = addresses.index(_tf_config()["cluster"][task["type"]][task["index"]])
+        self.remote_input = (isinstance(strategy, tf.distribute.TPUStrategy)
+                             and strategy.cluster_resolver.master() not in ("", "local"))
+
+    @property
+    def chief(self):
+        return self.index == 0
+
+    def sum(self, number):
+        """The sum of all hosts' integers. All call it together, outside of a step; it waits for the last."""
+        return int(self.gather([number]).sum())
+
+    def gather(self, numbers):
+        """All hosts' lists of integers, (hosts, n) int64; called as `sum` is."""
+        rows = np.zeros([self.count, len(numbers)], np.int64)
+        rows[self.index] = numbers
+        if self.count > 1:
+            rows = self._strategy.reduce(tf.distribute.ReduceOp.SUM, tf.constant(rows), axis=None).numpy()
+        return rows
 
 
 def _split_cpu(count):
@@ -62,9 +173,15 @@ def gather_rows(rows):
     context = tf.distribute.get_replica_context()
     if context.num_replicas_in_sync == 1:
         return rows
-    gathered = context.all_gather(rows, axis=0)
+    gathered = context.all_gather(tf.identity(rows), axis=0)    # on this device: an input of the step is on none yet
     gathered.set_shape([context.num_replicas_in_sync * rows.shape[0], *rows.shape[1:]])
-    return gathered
+    return _with_dense_gradient(gathered)
+
+
+@tf.custom_gradient
+def _with_dense_gradient(rows):
+    """The rows as they are; the sparse gradient that `tf.gather` makes becomes one that replicas can add up."""
+    return tf.identity(rows), tf.convert_to_tensor
 
 
 def first_row(rows_per_replica):
@@ -164,8 +281,8 @@ def apply_gradients_if(condition, optimizer, gradients, variables):
 class ReplicaOfMany(tf.distribute.Strategy):
     """One of R replicas, alone on one device, for a compiler to look at: its step is traced, never run.
 
-    Inside a step it does what TPUStrategy does: a variable has one copy, which this replica sees, and what is assigned to
-    it is aggregated over the replicas first. What the replicas exchange is up to `collective`.
+    Inside a step it does what TPUStrategy does: a variable has one copy, which this replica sees, and what is assigned
+    to it is aggregated over the replicas first. What the replicas exchange is up to `collective`.
 
     Args:
         replicas: R.
@@ -218,7 +335,8 @@ class _ReplicaOfMany(tf.compat.v1.distribute.StrategyExtended):
                 if aggregation == tf.VariableAggregation.MEAN:
                     value = self._reduce_to(tf.distribute.ReduceOp.MEAN, value, None, None)
                 elif aggregation == tf.VariableAggregation.ONLY_FIRST_REPLICA:
-                    value = self.collective("all-to-all", tf.stack([value] * self.replicas), [self.replicas, *value.shape])[0]
+                    for_each = tf.stack([value] * self.replicas)
+                    value = self.collective("all-to-all", for_each, for_each.shape)[0]
             return assign(value, *args, **kwargs)
 
         return of_all

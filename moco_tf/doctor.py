@@ -17,7 +17,7 @@ OPTIONAL = {"torch": "convert .pth files", "safetensors": "convert .safetensors"
             "scikit-learn": "maps of features"}
 
 
-def examine(strategy_name="auto", cpu_replicas=0):
+def examine(strategy_name="auto", cpu_replicas=0, tpu=""):
     """Prints versions, devices and the strategy, and takes two training steps on it.
 
     Raises:
@@ -30,7 +30,7 @@ def examine(strategy_name="auto", cpu_replicas=0):
         print(f"  {name} {_version(name) or f'not installed (optional: {use})'}")
     if not (3, 9) <= sys.version_info[:2] <= (3, 11):
         print("! Python 3.9 to 3.11 is needed: TensorFlow 2.15 has no build for another")
-    strategy, reason = make_strategy(strategy_name, cpu_replicas)
+    strategy, reason = make_strategy(strategy_name, cpu_replicas, tpu)
     gpus = tf.config.list_physical_devices("GPU")
     for device in gpus:
         details = tf.config.experimental.get_device_details(device)

@@ -70,6 +70,12 @@ def encoder(backbone, head):
     return keras.Model(backbone.input, head(backbone.output), name="encoder")
 
 
+def parts(encoder):
+    """{"backbone": images -> features, "embedding": the whole} of an encoder; they share its weights."""
+    return {"backbone": keras.Model(encoder.input, encoder.get_layer("features").output, name="backbone"),
+            "embedding": encoder}
+
+
 def _normalized_mlp(x, name, layers, hidden_dim, dim, last_bn, bn_group_size):
     for layer in range(layers):
         last, position = layer == layers - 1, 3 * layer    # linear, BatchNorm and ReLU count, as in PyTorch

@@ -148,8 +148,8 @@ class ShardedMemoryBank(MemoryBank):
 
     It starts with the same rows, and saves and restores what an unsharded bank does, on any number of replicas. All
     replicas call its methods together. `read` moves and holds R times what one replica asks for, unless all ask alike:
-    negatives shared by all queries suit it, negatives of each query's own do not. `full_softmax` moves queries and never
-    rows. `update` moves nothing, as the owner of a row writes it.
+    negatives shared by all queries suit it, negatives of each query's own do not. `full_softmax` moves queries, never
+    rows; `update` moves nothing, as the owner of a row writes it.
     """
 
     def _make_rows(self, seed):

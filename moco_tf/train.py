@@ -1,5 +1,6 @@
 """Config to objects to fit: the place where the parts meet."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -21,8 +22,10 @@ from moco_tf.backbones.branches import branched_backbone, branched_head
 from moco_tf.callbacks import (Checkpoints, Every, Log, Monitor, StopOnSignal, StopWhenDiverged, keep_lines, read_lines,
                                saved_checkpoints, step_of)
 from moco_tf.data import sources
-from moco_tf.data.pipeline import BatchClock, Unreadable, partners_of, training_batches
-from moco_tf.errors import DataError, UsageError
+from moco_tf.data.pipeline import BatchClock, Unreadable, UnreadableElsewhere, partners_of, training_batches
+from moco_tf.data.service import DataService
+from moco_tf.distribute import LOST, Hosts
+from moco_tf.errors import DataError, MocoError, Preempted, UsageError
 from moco_tf.evaluation.features import Extractor
 from moco_tf.evaluation.monitor import PretrainingMeasures
 from moco_tf.files import write_file
@@ -243,7 +246,8 @@ def bn_group(config, replicas):
 def open_workdir(config, workdir, images=0, encoder=""):
     """Makes the workdir and writes config.json; or, where a run has begun in it, checks that it is the same one.
 
-    A run has begun with its first checkpoint after step 0, which is where imported weights stand.
+    A run has begun with its first checkpoint after step 0, which is where imported weights stand. Of several hosts only
+    the chief calls this.
 
     Args:
         images: the number of training images; 0: not known.
@@ -340,7 +344,7 @@ class Outcome:
 
 
 def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), view_names=("image",),
-        steps_per_epoch=0, encoder="", normalized=False, **batch_options):
+        steps_per_epoch=0, encoder="", normalized=False, data_service="", **batch_options):
     """Trains a method in a workdir to its last step; a workdir that holds the same run is resumed.
 
     Args:
@@ -357,6 +361,7 @@ def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), v
         steps_per_epoch: 0: as many whole batches as there are.
         encoder: as of `open_workdir`.
         normalized: whether the pipeline normalises the views, and not the step.
+        data_service: "grpc://HOST:PORT" of a tf.data service that makes the views.
         batch_options: further arguments of `training_batches`.
 
     Returns:
@@ -364,38 +369,51 @@ def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), v
 
     Raises:
         UsageError, DataError, DivergedError, Preempted: as their docstrings say; the workdir keeps what was saved.
+        tf.errors.OpError: one of LOST, on several hosts, when another one is gone.
     """
-    replicas = strategy.num_replicas_in_sync
+    replicas, hosts = strategy.num_replicas_in_sync, Hosts(strategy)
     if config.jit_compile and not tf.config.list_physical_devices("GPU"):
         logging.warning("jit_compile on a CPU makes the step many times slower: XLA's convolutions are slow there")
     check(config, train.size, replicas, view_names)
+    if not train.portable and (data_service or hosts.remote_input):
+        raise UsageError("A data service, or the hosts of a TPU slice, read files of images or records. Received: the data "
+                         f"source {config.data.name}, which this process alone can read.")
+    _check_alike(hosts, {"config": int(configs.digest(config), 16), "number of training images": train.size})
     steps_per_epoch = steps_per_epoch or train.size // config.batch_size
     total_steps = config.epochs * steps_per_epoch
     with strategy.scope():
         method = build(steps_per_epoch)
-        open_workdir(config, workdir, train.size, encoder)
-        checkpoints = Checkpoints(method, f"{workdir}/checkpoints", config.checkpoint.keep)
+        if hosts.chief:
+            open_workdir(config, workdir, train.size, encoder)
+        hosts.sum(0)    # before the others look for checkpoints
+        checkpoints = Checkpoints(method, f"{workdir}/checkpoints", config.checkpoint.keep, hosts)
         first_step = checkpoints.restore() or 0
-    keep_lines(f"{workdir}/monitor.jsonl", lambda record: 0 < first_step >= record["step"])
-    clock = BatchClock()
-    writer = tf.summary.create_file_writer(f"{workdir}/tensorboard") if config.log.tensorboard else None
+    _check_alike(hosts, {"newest checkpoint": first_step})
+    if hosts.chief:
+        keep_lines(f"{workdir}/monitor.jsonl", lambda record: 0 < first_step >= record["step"])
+    clock = None if hosts.remote_input else BatchClock()
+    writer = tf.summary.create_file_writer(f"{workdir}/tensorboard") if config.log.tensorboard and hosts.chief else None
     resuming = [f"resuming at step {first_step} of {total_steps}"] if first_step else []
     print("\n".join([*lines, *resuming]), flush=True)
-    unreadable = Unreadable(train, config.data.max_unreadable)
+    unreadable = (UnreadableElsewhere if hosts.remote_input else Unreadable)(train, config.data.max_unreadable)
+    start = hosts.sum(time.time_ns() if hosts.chief else 0)    # tells this start of the run from all others
+    service = DataService(data_service, f"moco_tf-{start}") if data_service else None
     draw = functools.partial(
         training_batches, train, batch_size=config.batch_size, steps_per_epoch=steps_per_epoch, seed=config.seed,
         first_step=first_step, bn_group_size=bn_group(config, replicas), workers=config.data.workers,
         unreadable=unreadable, **batch_options)
 
     def batches(context):
-        return draw(recipe=recipe.normalized() if normalized else recipe, context=context, clock=clock,
+        return draw(recipe=recipe.normalized() if normalized else recipe, context=context, clock=clock, service=service,
                     replicas=replicas // context.num_input_pipelines)
 
     log = Log(first_step, total_steps, steps_per_epoch, config.batch_size, config.log.every_steps,
-              f"{workdir}/metrics.jsonl", writer, clock, method.chance_loss(config.batch_size), build_schedule(config, steps_per_epoch))
-    stop = StopOnSignal(first_step, checkpoints)
+              f"{workdir}/metrics.jsonl" if hosts.chief else None, writer, clock,
+              method.chance_loss(config.batch_size), build_schedule(config, steps_per_epoch))
+    stop = StopOnSignal(first_step, checkpoints, hosts)
     after = [StopWhenDiverged(first_step, config.max_bad_steps, checkpoints)]
-    monitor, followed = None, monitor_of(method, unreadable)
+    # The chief alone measures; the others' next step waits for it.
+    monitor, followed = None, monitor_of(method, unreadable) if hosts.chief else None
     began = time.time()
     try:
         with stop:
@@ -408,7 +426,7 @@ def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), v
             after += [Every(first_step, config.checkpoint.every_steps, checkpoints.save, log), stop]
             if first_step < total_steps:
                 dataset = strategy.distribute_datasets_from_function(batches)
-                if first_step == 0:
+                if first_step == 0 and hosts.chief:
                     _show_views(draw(recipe=recipe, shuffle=False), recipe, workdir, writer)
                 method.fit(dataset, steps_per_epoch=total_steps - first_step, epochs=1, verbose=0,
                            callbacks=[log, *after])
@@ -416,17 +434,20 @@ def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), v
                     checkpoints.save(total_steps)
             if monitor:
                 monitor(total_steps)
+            hosts.sum(0)    # or the last measurement would go on without hosts that have ended
     except tf.errors.ResourceExhaustedError as error:
         raise UsageError("A step must fit into the device's memory. Received: "
                          f"{_first_line_of(error)}. Lower batch_size or views.size, or use precision=bfloat16.") from None
     except tf.errors.OpError as error:
+        if hosts.count > 1 and isinstance(error, LOST) and not unreadable.over_limit():
+            raise
         raise unreadable.over_limit() or DataError(
             f"The input or the workdir failed while training: {_first_line_of(error)}. `moco-tf data check` looks at the "
             "images.") from None
     return Outcome(method, total_steps, steps_per_epoch, time.time() - began, log.images_per_s(), log.trained_steps)
 
 
-def pretrain(config, workdir, strategy=None, reason=""):
+def pretrain(config, workdir, strategy=None, reason="", data_service=""):
     """Pre-trains the encoder of a config in `workdir`; a workdir that holds the same run is resumed.
 
     Args:
@@ -434,14 +455,41 @@ def pretrain(config, workdir, strategy=None, reason=""):
         workdir: a folder, local or gs://, that holds everything of the run.
         strategy: of `tf.distribute`; None: the current one.
         reason: why this strategy, for the log.
+        data_service: as of `fit`.
 
     Returns:
         The contents of results.json.
 
     Raises:
         UsageError, DataError, DivergedError, Preempted: as their docstrings say; the workdir keeps what was saved.
+        MocoError: another host is gone, and nothing was saved.
     """
     strategy = strategy or tf.distribute.get_strategy()
+    with _all_hosts_there(strategy, workdir):
+        return _pretrain(config, workdir, strategy, reason, data_service)
+
+
+@contextlib.contextmanager
+def _all_hosts_there(strategy, workdir):
+    """Ends the run on this host in order when another one has ended before.
+
+    Raises:
+        Preempted: there is a checkpoint to go on from.
+        MocoError: there is none.
+    """
+    try:
+        yield
+    except LOST as error:
+        if Hosts(strategy).count == 1:
+            raise
+        saved = saved_checkpoints(f"{workdir}/checkpoints")
+        _, _, cause = str(error.message).rpartition("aborted by: ")
+        raise (Preempted if saved else MocoError)(
+            f"another host is gone, and its own output says why: {cause.splitlines()[0][:300]} The last checkpoint is "
+            f"{saved[-1] if saved else 'none'}. Start the same command again on all hosts.") from None
+
+
+def _pretrain(config, workdir, strategy, reason, data_service):
     set_precision(config.precision)
     train, held_out = open_data(config)
     for count in ("bank_size", "num_images"):
@@ -456,20 +504,28 @@ def pretrain(config, workdir, strategy=None, reason=""):
         measures.append(PretrainingMeasures(
             config.monitor, train, held_out, recipe, evaluation_recipe(config.views.size, train),
             Extractor(method.encoder, method.normalize), FEATURES.index(config.monitor.features), config.batch_size,
-            config.data.workers, config.seed, unreadable))
+            config.data.workers, config.seed, unreadable, branches=max(1, len(config.branches))))
         every = config.monitor.every_epochs * (train.size // config.batch_size)
         return measures[0], {"knn_top1": "kNN accuracy", "view_retrieval": "view retrieval"}, every, True
 
     outcome = fit(config, workdir, strategy, train, recipe,
                   build=lambda steps_per_epoch: build_method(config, steps_per_epoch, normalizer(recipe)),
                   monitor_of=monitor_of,
-                  lines=_announcement(config, train, held_out, strategy.num_replicas_in_sync, reason),
+                  lines=_announcement(config, train, held_out, strategy, reason),
                   view_names=view_names(config), shuffle=config.shuffle_bn == "input", repeats=config.data.repeats,
-                  mixture=image_mixture(config), normalized=normalized_in_input(config))
+                  mixture=image_mixture(config), normalized=normalized_in_input(config), data_service=data_service)
     if measures and config.log.embeddings:
         write_projector(workdir, *measures[0].whole_images(measures[0].queries))
     return write_results(config, workdir, outcome, train, strategy.num_replicas_in_sync,
-                         ("knn_top1", "view_retrieval"))
+                         ("knn_top1", "view_retrieval"), chief=Hosts(strategy).chief)
+
+
+def _check_alike(hosts, facts):
+    """Raises UsageError on all hosts unless `facts`, {name: integer}, are the same on all of them."""
+    for name, column in zip(facts, hosts.gather(list(facts.values())).T):
+        if len(set(column.tolist())) > 1:
+            raise UsageError("All hosts must be given the same command, and see the same data and workdir. Received: "
+                             f"not the same {name}, but {', '.join(map(str, column))}.")
 
 
 def view_names(config):
@@ -485,8 +541,9 @@ def _first_line_of(error):
     return re.sub(r"[\[\]]", "", asserted).strip() or line
 
 
-def _announcement(config, train, held_out, replicas, reason):
+def _announcement(config, train, held_out, strategy, reason):
     """What is about to run, and what is odd about it; lines."""
+    replicas, hosts = strategy.num_replicas_in_sync, Hosts(strategy).count
     group, steps_per_epoch = bn_group(config, replicas), train.size // config.batch_size
     lines = [*data_lines(config, train, held_out, steps_per_epoch),
              f"{replicas} replica(s){f', {reason}' if reason else ''}; BatchNorm over groups of "
@@ -499,6 +556,9 @@ def _announcement(config, train, held_out, replicas, reason):
         if queue > train.size:
             lines.append(f"note: the queue spans {queue / train.size:.1f} epochs, so that a query meets old keys of its "
                          f"own image as negatives; a method.queue_size below {train.size} is usual.")
+    if config.shuffle_bn == "input" and config.batch_size // hosts <= group < config.batch_size:
+        lines.append("note: shuffling BN in the input has no effect with one BatchNorm group on each host; "
+                     "shuffle_bn=cross_replica shuffles between the hosts.")
     if config.shuffle_bn != "none" and group >= config.batch_size:
         lines.append("note: shuffling BN has no effect with one BatchNorm group for the whole batch; "
                      f"bn_group_size={max(2, config.batch_size // 8)} would have several.")
@@ -551,8 +611,8 @@ def write_projector(workdir, rows, labels, index):
                '"features.tsv"\n  metadata_path: "labels.tsv"\n}\n')
 
 
-def write_results(config, workdir, outcome, train, replicas, monitored, **others):
-    """Writes results.json; returns its contents.
+def write_results(config, workdir, outcome, train, replicas, monitored, chief=True, **others):
+    """Writes results.json, if this is the chief of the hosts; returns its contents.
 
     Args:
         monitored: values of monitor.jsonl of which the first and the last are results.
@@ -571,7 +631,8 @@ def write_results(config, workdir, outcome, train, replicas, monitored, **others
     metrics = read_lines(f"{workdir}/metrics.jsonl")
     results.update(loss_final=metrics[-1]["loss"] if metrics else None, **others, seed=config.seed, images=train.size,
                    replicas=replicas, config_hash=configs.digest(config), versions=versions())
-    write_file(path, json.dumps(results, indent=2) + "\n")
+    if chief:
+        write_file(path, json.dumps(results, indent=2) + "\n")
     return results
 
 

@@ -11,7 +11,8 @@ import threading
 import numpy as np
 import tensorflow as tf
 
-from moco_tf.errors import DataError
+from moco_tf.data.sources import INTERLEAVED_SHARDS, SHUFFLE_BUFFER, Records, epoch_key
+from moco_tf.errors import DataError, UsageError
 from moco_tf.shuffling import key_permutation, positions
 
 FOREVER = tf.int64.max
@@ -37,6 +38,10 @@ class Unreadable:
             if len(self.seen) > self.allowed:
                 raise ValueError("too many unreadable images")
 
+    def tell(self, indexes):
+        """An operation of the pipeline that reports."""
+        return tf.numpy_function(self.report, [indexes], [])
+
     def over_limit(self):
         """The error to end the run with, or None."""
         if len(self.seen) <= self.allowed:
@@ -45,6 +50,14 @@ class Unreadable:
         return DataError(f"At most {self.limit:.1%} of the images may be unreadable. Met {len(self.seen)} of "
                          f"{self.source.size}, among them {examples}. `moco-tf data check` lists all; remove them or "
                          "raise data.max_unreadable.")
+
+
+class UnreadableElsewhere(Unreadable):
+    """For a pipeline that runs in another process, which writes the images' indexes into its own output: nothing counts
+    them, and no limit holds."""
+
+    def tell(self, indexes):
+        return tf.print("skipped unreadable images, of index", indexes, summarize=-1)
 
 
 class BatchClock:
@@ -62,7 +75,7 @@ class BatchClock:
 
 def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_step=0, shuffle=True, bn_group_size=0,
                      labels=False, repeats=1, mixture=None, replicas=1, context=None, workers=0, unreadable=None,
-                     clock=None):
+                     clock=None, service=None):
     """Batches of views without end, from global step `first_step` on.
 
     Args:
@@ -86,6 +99,7 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
         unreadable: an `Unreadable` that hears of images which do not decode; the next readable one of the batch stands
             in for each. None: they are black.
         clock: a `BatchClock`.
+        service: a `DataService` that makes the views; None: this process does.
 
     Returns:
         A dataset of one replica's share a time, replica after replica: the views by their names, (N, S, S, C) of their
@@ -105,12 +119,17 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
     # One by one beside the loading of each image; where its partners are rows, or images are small, row by row.
     rows_mixed = mixture and (partners_of(mixture, source) == "batch" or _small(source))
     per_epoch = steps_per_epoch * batch_size
-    examples = _epochs(source, seed, per_epoch, first_step * batch_size, repeats)
-    if hosts > 1:
-        examples = examples.enumerate().filter(
-            lambda position, _: position % batch_size // here == host).map(lambda _, example: example)
-    viewed = _viewed(source, recipe, examples, steps.map(seeds_of, parallel), here, parallel,
-                     None if rows_mixed else mixture)
+    if service:
+        examples = _split_examples(source, seed, per_epoch, first_step, repeats, batch_size, hosts)
+    else:
+        examples = _epochs(source, seed, per_epoch, first_step * batch_size, repeats)
+        if hosts > 1:
+            examples = examples.enumerate().filter(
+                lambda position, _: position % batch_size // here == host).map(lambda _, example: example)
+        examples = tf.data.Dataset.zip((examples, steps.map(seeds_of, parallel).unbatch()))
+    viewed = _viewed(source, recipe, examples, here, parallel, None if rows_mixed else mixture)
+    if service:
+        viewed = service.distribute(viewed.with_options(_options()))
     batches = tf.data.Dataset.zip((steps, viewed))
     group = bn_group_size or here // replicas
 
@@ -139,8 +158,9 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
         return {name: tf.reshape(value, [replicas, here // replicas, *value.shape[1:]])
                 for name, value in batch.items()}
 
-    dealt = batches.map(lambda step, batch: deal(step, *batch), parallel)
-    return dealt.unbatch().prefetch(2 * replicas).with_options(_options())
+    dealt = batches.map(lambda step, batch: deal(step, *batch), parallel).unbatch().prefetch(2 * replicas)
+    # Said to be endless, or several hosts would ask each other before each step whether all have a batch.
+    return dealt.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)).with_options(_options())
 
 
 def evaluation_batches(source, recipe, batch_size, limit=0, seed=0, workers=0, unreadable=None):
@@ -168,7 +188,7 @@ def evaluation_batches(source, recipe, batch_size, limit=0, seed=0, workers=0, u
                 real = tf.identity(real)
         return {name: batch[name] for name in recipe.views}, batch["label"], batch["index"], real
 
-    viewed = _viewed(source, recipe, examples, seeds, batch_size, parallel)
+    viewed = _viewed(source, recipe, tf.data.Dataset.zip((examples, seeds.unbatch())), batch_size, parallel)
     return tf.data.Dataset.zip((steps, viewed)).map(lambda step, batch: split(step, *batch)).prefetch(2).with_options(
         _options())
 
@@ -184,31 +204,36 @@ def partners_of(mixture, source):
     return mixture.partners and (mixture.partners if source.random_access else "batch")
 
 
-def _viewed(source, recipe, examples, seeds, batch_size, parallel, mixture=None):
-    """Examples and batches of seeds -> (readable (n,) bool, {"index", "label", and the views by name})."""
+def _viewed(source, recipe, examples, batch_size, parallel, mixture=None):
+    """(example, its seed (2,)) -> batches (readable (n,) bool, {"index", "label", and the views by name})."""
     recipe.require_channels(source.channels)
     if _small(source):
-        def views_of_batch(seeds, batch):
-            readable, index, decoded = batch
+        def views_of_batch(seeds, readable, index, decoded):
             return readable, {"index": index, "label": decoded["label"], **recipe.apply_batch(decoded["image"], seeds)}
 
-        def read_one(example):
+        def read_one(example, image_seed):
             readable, decoded = _guarded(source, source.decode)(example)
-            return readable, source.index_of(example), decoded
+            return image_seed, readable, source.index_of(example), decoded
 
-        read = examples.map(read_one, parallel)
-        return tf.data.Dataset.zip((seeds, read.batch(batch_size, drop_remainder=True))).map(views_of_batch, parallel)
+        return examples.map(read_one, parallel).batch(batch_size, drop_remainder=True).map(views_of_batch, parallel)
 
-    views_of_one, partner = _views_of_one(source, recipe), _drawn_from(source, recipe)
+    def views_of_one(example, image_seed):
+        image = source.decode(example)
+        return {"label": image["label"], **recipe.apply(image["image"], image_seed)}
+
+    def mixed_views_of_one(example, image_seed):
+        drawn = views_of_one(example, image_seed)
+        views = {name: drawn[name] for name in recipe.views}
+        return {**drawn, **mixture.stage(views, _mixture_seed(recipe, image_seed), _drawn_from(source, recipe))}
+
+    # Where a partner cannot be read the image stays as it is.
+    read = _guarded(source, *([mixed_views_of_one] if mixture else []), views_of_one)
 
     def indexed(example, image_seed):
-        readable, (label, views) = views_of_one(example, image_seed)
-        if mixture:
-            views = mixture.stage(views, _mixture_seed(recipe, image_seed), partner)
-        return readable, {"index": source.index_of(example), "label": label, **views}
+        readable, views = read(example, image_seed)
+        return readable, {"index": source.index_of(example), **views}
 
-    one_by_one = tf.data.Dataset.zip((examples, seeds.unbatch())).map(indexed, parallel)
-    return one_by_one.batch(batch_size, drop_remainder=True)
+    return examples.map(indexed, parallel).batch(batch_size, drop_remainder=True)
 
 
 def _small(source):
@@ -216,25 +241,12 @@ def _small(source):
     return bool(source.image_shape) and source.image_shape[0] * source.image_shape[1] <= SMALL
 
 
-def _views_of_one(source, recipe):
-    """(example, seed) -> whether it could be read, and its label and views, or zeros."""
-    def views_of_one(example, image_seed):
-        image = source.decode(example)
-        return image["label"], recipe.apply(image["image"], image_seed)
-
-    return _guarded(source, views_of_one)
-
-
 def _drawn_from(source, recipe):
-    """A partner for a mixture, (seed, otherwise) -> the views of an image drawn from all of a source with random
-    access, or `otherwise` where it cannot be read."""
-    views_of_one = _views_of_one(source, recipe)
-
-    def partner(seed, otherwise):
+    """A partner for a mixture, seed -> the views of an image drawn from all of a source with random access."""
+    def partner(seed):
         index_seed, view_seed = tf.unstack(tf.random.split(seed, 2, alg="philox"))
         index = tf.random.stateless_uniform([], index_seed, 0, source.size, tf.int64, alg="philox")
-        readable, (_, views) = views_of_one({"index": index}, view_seed)
-        return tf.cond(tf.convert_to_tensor(readable), lambda: views, lambda: otherwise)
+        return recipe.apply(source.decode({"index": index})["image"], view_seed)
 
     return partner
 
@@ -243,7 +255,7 @@ def _mixed_rows(mixture, source, recipe, batch, seeds):
     """The views of a batch, each row mixed by its seed, with any row or with what is drawn from the source."""
     views = {name: batch[name] for name in recipe.views}
 
-    def any_row(seed, otherwise):
+    def any_row(seed):
         row = tf.random.stateless_uniform([], seed, 0, seeds.shape[0], tf.int32, alg="philox")
         return {name: view[row] for name, view in views.items()}
 
@@ -262,22 +274,63 @@ def _mixture_seed(recipe, image_seed):
     return tf.random.split(image_seed, len(recipe.views) + 1, alg="philox")[-1]
 
 
+def _split_examples(source, seed, per_epoch, first_step, repeats, batch_size, hosts):
+    """(example, its seed) without end, from a range of numbers that a service can split among its workers. With random
+    access number n is the share of one of the hosts in batch n // hosts; of records it is a shard."""
+    here = batch_size // hosts
+    if isinstance(source, Records):
+        if repeats > 1:
+            raise UsageError(f"Repeated augmentation of records does not go with a data service. Received: data.repeats "
+                             f"{repeats}. Use 1, or a folder.")
+        return _shards(source, seed, first_step * batch_size // per_epoch)
+    if not source.random_access:
+        raise UsageError("A data service takes a source that can be split among its workers: embedded, folder, records. "
+                         f"Received: {type(source).__name__}. `moco-tf data pack` makes records of it.")
+
+    def share(number):
+        step, host = number // hosts, number % hosts
+        position = step * batch_size + host * here
+        examples = _epoch_from(source, seed, per_epoch, position // per_epoch, position % per_epoch, repeats)
+        seeds = image_seeds(seed, step, batch_size)[host * here:][:here]
+        return tf.data.Dataset.zip((examples, tf.data.Dataset.from_tensor_slices(seeds)))
+
+    return tf.data.Dataset.range(first_step * hosts, FOREVER).flat_map(share)
+
+
+def _shards(source, seed, first_epoch):
+    """(example, its seed) of whole shards, several at a time; the seed is that of the image in the epoch."""
+    def seeded(example, epoch):
+        drawn = tf.random.fold_in(epoch_key(seed, epoch), source.index_of(example))
+        return example, tf.bitcast(drawn, tf.int32)[:, 0]
+
+    count = len(source.shards)
+    examples = tf.data.Dataset.range(first_epoch * count, FOREVER).interleave(
+        lambda number: source.of_shard(seed, number), cycle_length=min(count, INTERLEAVED_SHARDS),
+        num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return examples.shuffle(min(source.size, SHUFFLE_BUFFER), seed=seed + 1).map(seeded)
+
+
 def _epochs(source, seed, per_epoch, first, repeats):
     """Examples without end, `per_epoch` of each epoch's order, from position `first` on."""
     first_epoch, offset = divmod(first, per_epoch)
 
     def one(epoch):
         done = tf.where(epoch == first_epoch, tf.constant(offset, tf.int64), tf.constant(0, tf.int64))
-        examples = source.examples(seed, epoch, tf.minimum(done // repeats, source.size))
-        if per_epoch > source.size * repeats:
-            again = source.examples(seed, epoch, tf.maximum(done // repeats - source.size, 0))
-            examples = examples.concatenate(again)
-        if repeats > 1:
-            examples = examples.flat_map(lambda example: tf.data.Dataset.from_tensors(example).repeat(repeats))
-            examples = examples.skip(done % repeats)
-        return examples.take(per_epoch - done)
+        return _epoch_from(source, seed, per_epoch, epoch, done, repeats)
 
     return tf.data.Dataset.range(first_epoch, FOREVER).flat_map(one)
+
+
+def _epoch_from(source, seed, per_epoch, epoch, done, repeats):
+    """The `per_epoch` examples of an epoch's order without its first `done`."""
+    examples = source.examples(seed, epoch, tf.minimum(done // repeats, source.size))
+    if per_epoch > source.size * repeats:
+        again = source.examples(seed, epoch, tf.maximum(done // repeats - source.size, 0))
+        examples = examples.concatenate(again)
+    if repeats > 1:
+        examples = examples.flat_map(lambda example: tf.data.Dataset.from_tensors(example).repeat(repeats))
+        examples = examples.skip(done % repeats)
+    return examples.take(per_epoch - done)
 
 
 def _in_range(labels, num_classes, index):
@@ -288,16 +341,20 @@ def _in_range(labels, num_classes, index):
         return tf.identity(labels)
 
 
-def _guarded(source, function):
-    """example -> (True, function(example)), or (False, zeros) where it fails: tf.data's errors, without losing count."""
+def _guarded(source, *functions):
+    """example -> (True, what the first of the functions gives that does not fail), or (False, zeros) where all do:
+    tf.data's errors, without losing count."""
     if not source.can_fail:
-        return lambda *example: (True, function(*example))
+        return lambda *example: (True, functions[0](*example))
 
     def guarded(*example):
-        one = tf.data.Dataset.from_tensors(example).map(lambda *example: (True, function(*example)))
-        nothing = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), one.element_spec)
-        failed = tf.data.Dataset.from_tensors((False, nothing[1]))
-        return one.ignore_errors().concatenate(failed).take(1).get_single_element()
+        one = tf.data.Dataset.from_tensors(example)
+        first, *others = (one.map(lambda *example, function=function: (True, function(*example))).ignore_errors()
+                          for function in functions)
+        nothing = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), first.element_spec)
+        for attempt in (*others, tf.data.Dataset.from_tensors((False, nothing[1]))):
+            first = first.concatenate(attempt)
+        return first.take(1).get_single_element()
 
     return guarded
 
@@ -322,7 +379,7 @@ def _report(unreadable, readable, indexes):
     """Tells an `Unreadable` of a batch, if there is anything to tell."""
     def tell():
         bad = tf.boolean_mask(indexes, tf.logical_not(readable))
-        with tf.control_dependencies([tf.numpy_function(unreadable.report, [bad], [])]):
+        with tf.control_dependencies([unreadable.tell(bad)]):
             return tf.constant(True)
 
     return tf.cond(tf.reduce_all(readable), lambda: tf.constant(True), tell)

@@ -36,6 +36,7 @@ class Source:
 
     random_access = False
     can_fail = True    # reading an image may: its file may be gone or broken
+    portable = True    # another process may read it: a data service's worker, the host of a TPU
     num_classes = 0
     class_names = ()
     channels = 3
@@ -287,6 +288,13 @@ class Records(Stream):
             cycle_length=1 if key is None else min(len(self.shards), INTERLEAVED_SHARDS),
             num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
+    def of_shard(self, seed, number):
+        """(example, epoch) of one shard. `number`, () int, counts the shards of all epochs, each in its own order."""
+        epoch, rank = number // len(self.shards), number % len(self.shards)
+        path = tf.gather(self._shard_paths, permutation(len(self.shards), epoch_key(seed, epoch))[rank])
+        return tf.data.TFRecordDataset(path, buffer_size=READ_BYTES).map(
+            lambda serialized: (self.parse(serialized), epoch))
+
     def parse(self, serialized):
         features = tf.io.parse_single_example(serialized, {
             "image/encoded": tf.io.FixedLenFeature((), tf.string),
@@ -388,7 +396,7 @@ class Arrays(RandomAccess):
         DataError: no such file or split, other arrays in it, or another number of channels than `channels`.
     """
 
-    can_fail = False
+    can_fail = portable = False
 
     def __init__(self, path="", split="train", data_dir="", channels=3):
         self.path = self.find_split(path, split)
@@ -459,7 +467,8 @@ class Subset(RandomAccess):
     def __init__(self, source, keep):
         self.source, self.size = source, len(keep)
         self.num_classes, self.class_names = source.num_classes, source.class_names
-        self.channels, self.image_shape, self.can_fail = source.channels, source.image_shape, source.can_fail
+        self.channels, self.image_shape = source.channels, source.image_shape
+        self.can_fail, self.portable = source.can_fail, source.portable
         self._keep = host_tensor(np.asarray(keep, np.int64))
 
     def _of_source(self, example):

@@ -5,12 +5,14 @@ import math
 
 import numpy as np
 import tensorflow as tf
+from tqdm import tqdm
 
 from moco_tf import config as configs
 from moco_tf.callbacks import read_lines
 from moco_tf.data.pipeline import Unreadable, evaluation_batches
 from moco_tf.errors import MocoError, UsageError
 from moco_tf.evaluation.encoders import open_encoder, read_own_config
+from moco_tf.evaluation.layers import at_layer
 from moco_tf.evaluation.metrics import summary
 from moco_tf.evaluation.splits import check_labels, labelled_splits
 from moco_tf.losses import at_least_float32
@@ -23,12 +25,14 @@ from moco_tf.views.mixture import mixture, random_erasing
 
 keras = tf.keras
 
+BAR_AFTER = 3.0    # seconds of a validation pass until its progress is shown
+
 
 class Classifier(Method):
     """A linear layer on the features of a backbone. Its keys are the classes: each has a row that features are
     compared with, so the loss is cross-entropy over them.
 
-    Views: "image" (N, S, S, 3); with them "label" (N,) and "weight" (N,), as `training_batches` hands out.
+    Views: "image" (N, S, S, channels); with them "label" (N,) and "weight" (N,), as `training_batches` hands out.
 
     Args:
         backbone: images -> (N, D).
@@ -187,7 +191,8 @@ class Validation:
     def measure(self):
         """As `moco_tf.evaluation.metrics.summary` of the logits; DataError for a label outside the range."""
         logits, labels, indexes = [], [], []
-        for views, label, index, real in self.batches:
+        shown = tqdm(self.batches, desc="validation", unit="batch", leave=False, delay=BAR_AFTER)
+        for views, label, index, real in shown:
             real = real.numpy()
             logits.append(self.logits(views["image"])[real])
             labels.append(label.numpy()[real])
@@ -198,7 +203,7 @@ class Validation:
         return self.last
 
     def logits(self, images):
-        """uint8 images (N, S, S, 3) -> (N, C), NumPy; each replica takes its part of the rows."""
+        """uint8 images (N, S, S, channels) -> (N, C), NumPy; each replica takes its part of the rows."""
         parts = tf.split(images, self.strategy.num_replicas_in_sync)
         dealt = self.strategy.experimental_distribute_values_from_function(
             lambda context: parts[context.replica_id_in_sync_group])
@@ -259,6 +264,8 @@ def train_classifier(config, workdir, strategy=None, reason=""):
     with strategy.scope():
         encoder = open_encoder(config.encoder, config.side, config.views.size, config.precision, config.bn_group_size,
                                config.seed, **config.get("backbone", {}))
+        if "layer" in config:
+            encoder = at_layer(encoder, config.layer, **config.get("pool", {}))
     set_precision(config.precision)    # of a SavedModel, which does not follow it, the classifier's
     if not config.views.size:
         config = configs.override(config, **{"views.size": encoder.size})

@@ -9,10 +9,12 @@ import typing
 import tensorflow as tf
 
 from moco_tf import config as configs
+from moco_tf.callbacks import saved_checkpoints, step_of
 from moco_tf.errors import DataError, UsageError
 from moco_tf.export import torch_weights
 from moco_tf.export.exchange import imported_config
-from moco_tf.export.torch_files import SAFETENSORS_FILE, TORCH_FILES
+from moco_tf.export.torch_files import SAFETENSORS_FILE, TORCH_FILES, read_state_dict
+from moco_tf.heads import parts
 from moco_tf.losses import at_least_float32
 from moco_tf.train import build_encoder, is_run, normalizer, read_config, restore_method, set_precision, view_recipe
 
@@ -20,6 +22,7 @@ keras = tf.keras
 
 SIDES = ("query", "key")
 RANDOM = "random:"
+FINE_TUNING = "fine_tuning"    # the method of runs whose encoder is that of another path, trained on
 WEIGHTS = (*TORCH_FILES, SAFETENSORS_FILE)
 METADATA = "moco_tf.json"    # beside saved_model.pb: what `moco-tf export` says of the model
 
@@ -32,7 +35,7 @@ class Encoder:
         path: where it came from.
         description: what it is, in a few words.
         models: {"backbone": Keras layer, images -> (B, D); "embedding": the same with the head, where there is one}.
-        normalize: uint8 images (B, size, size, 3) -> what the models take.
+        normalize: uint8 images (B, size, size, channels) -> what the models take.
         size: side of the images in pixels.
         config: of the run, or the one that a file's encoder would be trained with; None for a SavedModel.
         step: of the run's checkpoint; None for others.
@@ -51,8 +54,13 @@ class Encoder:
         """D, of the backbone's features."""
         return int(self.models["backbone"].output_shape[-1])
 
+    @property
+    def channels(self):
+        """Of the images."""
+        return int(self.models["backbone"].input_shape[-1] or 3)
+
     def rows(self, images, features="backbone", training=False):
-        """uint8 images (B, size, size, 3) -> (B, D) or (B, C), at least float32, not normalised.
+        """uint8 images (B, size, size, channels) -> (B, D) or (B, C), at least float32, not normalised.
 
         Raises:
             UsageError: `features` that this encoder does not have.
@@ -77,7 +85,8 @@ class Encoder:
 def open_encoder(path, side="query", size=0, precision="", bn_group_size=None, seed=0, **changes):
     """The encoder of a run's workdir, of a .pth, .pt or .safetensors file, or of a SavedModel's folder.
 
-    "random:RECIPE" is the untrained encoder of a recipe, to compare with.
+    "random:RECIPE" is the untrained encoder of a recipe, to compare with. The run may be a fine-tuning; its encoder is
+    the backbone, and what it was fine-tuned from must still be there.
 
     A SavedModel must have a signature "features" that takes images (B, S, S, 3) in [0, 1] as its only argument and
     returns (B, D); one of `moco-tf export` has. "embedding" is used where there is such.
@@ -104,7 +113,7 @@ def open_encoder(path, side="query", size=0, precision="", bn_group_size=None, s
     if path.endswith(WEIGHTS):
         return _of_file(path, side, changes)
     if is_run(path):
-        return _of_run(path, side, changes)
+        return (_of_fine_tuning if read_config(path).method.name == FINE_TUNING else _of_run)(path, side, changes)
     if side == "query" and tf.io.gfile.exists(f"{path}/saved_model.pb"):
         if changes["backbone"]:
             raise UsageError(f"The backbone of a SavedModel is what it is. Received: {path} and "
@@ -112,12 +121,6 @@ def open_encoder(path, side="query", size=0, precision="", bn_group_size=None, s
         return _of_saved_model(path, size)
     raise UsageError("An encoder is a run's workdir (with a config.json), a SavedModel's folder (side query), or a file in "
                      f"{', '.join(WEIGHTS)}. Received: {path}, which is none of these.")
-
-
-def parts(encoder):
-    """{"backbone": images -> features, "embedding": the whole} of an encoder model; they share its weights."""
-    return {"backbone": keras.Model(encoder.input, encoder.get_layer("features").output, name="backbone"),
-            "embedding": encoder}
 
 
 def read_own_config(path):
@@ -149,8 +152,31 @@ def _of_run(path, side, changes):
                    normalizer(view_recipe(config)), changed.views.size, config, step)
 
 
+def _of_fine_tuning(path, side, changes):
+    """The backbone that a run has fine-tuned, with its newest weights; all else is of the encoder it began with."""
+    config, saved = read_config(path), saved_checkpoints(f"{path}/checkpoints")
+    if side != "query" or not saved:
+        raise UsageError("Fine-tuning has one encoder, the query encoder, once it has saved a checkpoint. Received: "
+                         f"{path}, side {side}, {len(saved)} checkpoints.")
+    group = changes["bn_group_size"]
+    encoder = open_encoder(config.encoder, config.side, changes["size"] or config.views.size,
+                           changes["precision"] or config.precision, config.bn_group_size if group is None else group,
+                           changes["seed"], **{**config.get("backbone", {}), **changes["backbone"]})
+    backbone = encoder.models["backbone"]
+    try:
+        tf.train.Checkpoint(method=tf.train.Checkpoint(encoder=backbone)).restore(
+            saved[-1]).assert_existing_objects_matched()
+    except (tf.errors.OpError, ValueError, AssertionError, IndexError, RuntimeError) as error:
+        raise DataError("The fine-tuned weights must be those of the encoder they were trained from. Received: "
+                        f"{saved[-1]} for {config.encoder} with images of {encoder.size} pixels: "
+                        f"{str(error).splitlines()[0]}.") from None
+    step = step_of(saved[-1])
+    return dataclasses.replace(encoder, path=path, description=f"fine-tuned to step {step} from: {encoder.description}",
+                               models={"backbone": backbone}, step=step)
+
+
 def _of_file(path, side, changes):
-    checkpoint = torch_weights.parse(torch_weights.read_state_dict(path))
+    checkpoint = torch_weights.parse(read_state_dict(path))
     config = imported_config(checkpoint)
     state = checkpoint.encoder if side == "query" else checkpoint.key_encoder
     if not state:
@@ -213,6 +239,10 @@ class SavedLayer(keras.layers.Layer):
         self.trains = signature == "features" and callable(loaded)
         (self.argument, self.spec), = self.function.structured_input_signature[1].items()
         self.variables_of_model = list(self.function.variables)    # as an attribute, so that Keras counts them in
+
+    @property
+    def input_shape(self):
+        return tuple(self.spec.shape)
 
     @property
     def output_shape(self):

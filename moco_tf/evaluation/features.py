@@ -12,6 +12,7 @@ from moco_tf import __version__
 from moco_tf.data.pipeline import Unreadable, evaluation_batches
 from moco_tf.errors import DataError, UsageError
 from moco_tf.files import write_file
+from moco_tf.heads import parts
 from moco_tf.losses import at_least_float32, unit
 
 keras = tf.keras
@@ -19,11 +20,6 @@ keras = tf.keras
 BATCH = 128               # images through the encoder at a time
 SHARD_BYTES = 64 << 20    # of a file of rows, at most
 SAMPLE = 64               # images whose pixels stand for the data and the view in the digest
-
-
-def features_and_embeddings(encoder):
-    """A model (B, S, S, 3) -> (features (B, D) after global average pooling, embeddings (B, C)); shares the weights."""
-    return keras.Model(encoder.input, [encoder.get_layer("features").output, encoder.output])
 
 
 class Extractor:
@@ -35,7 +31,7 @@ class Extractor:
     """
 
     def __init__(self, encoder, normalize):
-        model = features_and_embeddings(encoder)
+        model = keras.Model(encoder.input, [part.output for part in parts(encoder).values()])
 
         @tf.function(reduce_retracing=True)
         def rows(images):
@@ -50,15 +46,15 @@ class Extractor:
         Returns:
             ({view: (features (n, D), embeddings (n, C))}, labels (n,), index (n,)), NumPy, unit rows.
         """
-        parts, labels, indexes = {}, [], []
+        found, labels, indexes = {}, [], []
         for views, label, index, real in batches:
             real = real.numpy()
             for name, images in views.items():
-                parts.setdefault(name, []).append([part.numpy()[real] for part in self.rows(images)])
+                found.setdefault(name, []).append([rows.numpy()[real] for rows in self.rows(images)])
             labels.append(label.numpy()[real])
             indexes.append(index.numpy()[real])
         _some_readable(sum(map(len, labels)))
-        joined = {name: tuple(np.concatenate(column) for column in zip(*rows)) for name, rows in parts.items()}
+        joined = {name: tuple(np.concatenate(column) for column in zip(*rows)) for name, rows in found.items()}
         return joined, np.concatenate(labels), np.concatenate(indexes)
 
 
@@ -142,13 +138,14 @@ def cached_features(encoder, source, recipe, features, folder, about, title, max
         UsageError: features that the encoder does not have; a folder that cannot be written.
         DataError: unreadable images; rows that are not finite.
     """
-    one = encoder.rows(tf.zeros([1, encoder.size, encoder.size, 3], tf.uint8), features)
+    one = encoder.rows(tf.zeros([1, encoder.size, encoder.size, encoder.channels], tf.uint8), features)
     shard_images = BATCH * max(1, SHARD_BYTES // (BATCH * one.shape[1] * one.dtype.size))
     labels = [] if source.labels() is None else [source.labels()]
     facts = {
-        "encoder": {"weights": encoder.fingerprint(), "features": features, "size": encoder.size,
+        "encoder": {"weights": encoder.fingerprint(), "is": encoder.description, "features": features,
+                    "size": encoder.size,
                     "backbone": encoder.config.backbone.to_dict() if encoder.config else encoder.path,
-                    "levels": _levels(encoder.normalize), "precision": keras.mixed_precision.global_policy().name},
+                    "levels": _levels(encoder), "precision": keras.mixed_precision.global_policy().name},
         "data": {**about, "images": source.size, "class_names": source.class_names, "labels": _digest(labels),
                  "sample": _sample(source, recipe, workers)},
         "shard_images": shard_images, "moco_tf": __version__}
@@ -220,10 +217,11 @@ def _sample(source, recipe, workers):
     return _digest(part.numpy() for part in (views["image"], *notes))
 
 
-def _levels(normalize):
-    """What black and white become, six digits: the constants that images are normalised with."""
-    ends = tf.constant([[[[0] * 3, [255] * 3]]], tf.uint8)
-    return [f"{value:.5e}" for value in tf.reshape(tf.cast(normalize(ends), tf.float64), [-1]).numpy()]
+def _levels(encoder):
+    """What black, white and a colour become, six digits: the space and the constants that images are normalised in."""
+    channels = encoder.channels
+    levels = tf.constant([[[[0] * channels, [255] * channels, [255] + [0] * (channels - 1)]]], tf.uint8)
+    return [f"{value:.5e}" for value in tf.reshape(tf.cast(encoder.normalize(levels), tf.float64), [-1]).numpy()]
 
 
 def _digest(values):

@@ -1,9 +1,12 @@
 """What unit rows tell about an encoder without training anything: nearest neighbours."""
 
+import itertools
 import math
 
 import numpy as np
 import tensorflow as tf
+
+from moco_tf.losses import unit
 
 QUERY_ROWS, BANK_ROWS = 1024, 8192    # at most, whose cosines are held at once: 32 MB in float32
 
@@ -102,3 +105,15 @@ def view_retrieval(first, second):
     cosine = np.asarray(first) @ np.asarray(second).T
     here = np.arange(len(cosine))
     return float(np.mean([np.mean(cosine.argmax(axis) == here) for axis in (0, 1)]))
+
+
+def branch_retrieval(embeddings, branches):
+    """How often the nearest neighbour of one branch's embedding is another branch's of the same image; mean of all
+    pairs and of both directions of each.
+
+    Args:
+        embeddings: (n, branches * C), each branch's own side by side, of any norm. Chance is 1 / n.
+        branches: 2 or more.
+    """
+    own = [unit(rows).numpy() for rows in tf.split(embeddings, branches, axis=1)]
+    return float(np.mean([view_retrieval(first, second) for first, second in itertools.combinations(own, 2)]))

@@ -3,7 +3,7 @@
 import functools
 
 from moco_tf.data.pipeline import Unreadable, evaluation_batches
-from moco_tf.evaluation.knn import knn_scores, view_retrieval
+from moco_tf.evaluation.knn import branch_retrieval, knn_scores, view_retrieval
 from moco_tf.evaluation.metrics import top_k_accuracy
 
 
@@ -13,17 +13,21 @@ class PretrainingMeasures:
     Args:
         options: the config's monitor section.
         train, held_out: sources.
-        views: the recipe of the views to retrieve one by the other.
+        views: the recipe of the run's views.
         whole: the recipe that shows an image as it is evaluated.
         extractor: of the query encoder.
         column: 0: features vote, 1: embeddings do.
         batch_size, workers, seed: of the run.
         unreadable: the training source's `Unreadable`.
+        branches: how many the encoder has. With several, one branch's embedding of a whole image retrieves another's;
+            with one, a view that the recipe draws retrieves another of the same image.
     """
 
-    def __init__(self, options, train, held_out, views, whole, extractor, column, batch_size, workers, seed, unreadable):
+    def __init__(self, options, train, held_out, views, whole, extractor, column, batch_size, workers, seed, unreadable,
+                 branches=1):
         batches = functools.partial(evaluation_batches, batch_size=batch_size, workers=workers)
         apart = Unreadable(held_out, limit=1.0)
+        self.branches = branches
         self.pairs = batches(held_out, views.pair(), limit=options.queries, seed=seed, unreadable=apart)
         self.labelled = train.num_classes > 0 and held_out.class_names == train.class_names
         self.bank = batches(train, whole, limit=options.bank, unreadable=unreadable)
@@ -40,10 +44,17 @@ class PretrainingMeasures:
             scores = knn_scores(bank[self.column], bank_labels, queries[self.column], self.k, self.temperature,
                                 self.num_classes)
             values["knn_top1"] = top_k_accuracy(scores, labels)
+        values["view_retrieval"] = self.view_retrieval()
+        return values
+
+    def view_retrieval(self):
+        """In [0, 1]."""
+        if self.branches > 1:
+            (_, embeddings), _, _ = self.whole_images(self.queries)
+            return branch_retrieval(embeddings, self.branches)
         views, _, _ = self.extractor(self.pairs)
         (_, first), (_, second) = list(views.values())[:2]
-        values["view_retrieval"] = view_retrieval(first, second)
-        return values
+        return view_retrieval(first, second)
 
     def whole_images(self, batches):
         """((features, embeddings), labels, index) of the bank or the queries."""

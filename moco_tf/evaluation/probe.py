@@ -12,6 +12,7 @@ from moco_tf import config as configs
 from moco_tf.callbacks import saved_checkpoints
 from moco_tf.errors import DataError, DivergedError, UsageError
 from moco_tf.evaluation.encoders import open_encoder
+from moco_tf.evaluation.layers import at_layer
 from moco_tf.evaluation.metrics import summary
 from moco_tf.evaluation.splits import cached_splits
 from moco_tf.files import write_file
@@ -89,6 +90,8 @@ def fast_linear(config, workdir, cache=None):
         raise UsageError("A fast probe's workdir must be new, or an earlier fast probe's. Received: "
                          f"{workdir}, which holds another run. Name another by --workdir.")
     encoder = open_encoder(config.encoder, config.side, config.views.size, config.precision)
+    if "layer" in config:
+        encoder = at_layer(encoder, config.layer, **config.get("pool", {}))
     results = {**fast_probe(encoder, config, cache or ""), "seed": config.seed, "versions": versions()}
     print(table(results))
     tf.io.gfile.makedirs(workdir)

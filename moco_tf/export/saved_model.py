@@ -15,24 +15,29 @@ from moco_tf import config as configs
 from moco_tf.callbacks import read_lines
 from moco_tf.data.decode import decode_image
 from moco_tf.errors import MocoError, UsageError
-from moco_tf.evaluation.encoders import METADATA, open_encoder, parts
+from moco_tf.evaluation.encoders import METADATA, open_encoder
 from moco_tf.files import write_file
+from moco_tf.heads import parts
 from moco_tf.losses import at_least_float32
 from moco_tf.normalization import BatchNorm
 from moco_tf.train import build_encoder, open_data, set_precision, versions, view_recipe
+from moco_tf.views import colour
 from moco_tf.views.recipes import RECIPES
 
 keras = tf.keras
 
 PRECISIONS = ("float32", "bfloat16")
 COMPARED_IMAGES = 4
+DECODED_CHANNELS = 3    # of what an image file gives
+OF_ONE_SIZE = ("tokens", "flatten")    # layers of a transformer and of an AlexNet
 
 
 def export(path, out="", side="query", precision="float32", size=0, formats=("saved_model",), overwrite=False):
     """Writes an encoder into a folder, whole or not at all, and prints what it wrote.
 
-    All but the SavedModel hold the backbone alone. The Keras file and the weights take normalised images; the
-    SavedModel and the TFLite file take images in [0, 1] and normalise them.
+    All but the SavedModel hold the backbone alone. The Keras file and the weights take normalised images, of CMC in its
+    colour space; the SavedModel and the TFLite file take RGB in [0, 1], which they normalise and bring into that space.
+    There they need not be whole levels, and are not rounded to such.
 
     Args:
         path: of the encoder: a run's workdir, or a file of weights, as `open_encoder` takes it.
@@ -59,7 +64,8 @@ def export(path, out="", side="query", precision="float32", size=0, formats=("sa
     if encoder.config is None:
         raise UsageError(f"An export starts from a run's workdir or a file of weights. Received: {path}, a SavedModel.")
     model, preprocessing = plain_encoder(encoder, precision), _preprocessing(encoder)
-    images = np.random.default_rng(0).integers(0, 256, (COMPARED_IMAGES, encoder.size, encoder.size, 3), np.uint8)
+    shape = (COMPARED_IMAGES, encoder.size, encoder.size, encoder.channels)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     expected = tf.function(encoder.rows)(images).numpy()
     facts = _facts(encoder, side, precision, model, preprocessing)
     with _written_whole(out) as folder:
@@ -100,16 +106,18 @@ def plain_encoder(encoder, precision="float32"):
         precision: of PRECISIONS.
 
     Returns:
-        A functional model, normalised images (B, S, S, 3) -> embeddings (B, C), or features (B, D) where the encoder
-        has no head. Its layers have the names of the original ones. A ResNet's takes images of any size and shape.
+        A functional model, normalised images (B, S, S, channels) -> embeddings (B, C), or features (B, D) where the
+        encoder has no head. Its layers have the names of the original ones. A ResNet's takes images of any size and
+        shape.
     """
     config = configs.override(encoder.config, **{"views.size": encoder.size})
     try:
         set_precision(precision)
         built = build_encoder(config)
         model = built if "embedding" in encoder.models else parts(built)["backbone"]
-        sides = model.input_shape[1:3] if _is_transformer(model) else (None, None)
-        twin = keras.models.clone_model(model, keras.Input((*sides, 3), name="images"), _plain_layer)
+        fixed = any(layer.name.endswith(OF_ONE_SIZE) for layer in model.layers)
+        sides = model.input_shape[1:3] if fixed else (None, None)
+        twin = keras.models.clone_model(model, keras.Input((*sides, encoder.channels), name="images"), _plain_layer)
     finally:
         set_precision(encoder.config.precision)
     for layer in twin.layers:
@@ -136,7 +144,8 @@ def _is_transformer(model):
 
 
 def _outputs(model):
-    """{signature: {output: tensor}} of an encoder model: "features"; with a head "embedding"; "pyramid" or "tokens"."""
+    """{signature: {output: tensor}} of an encoder model: "features"; with a head "embedding"; "pyramid" or "tokens";
+    and by a branch's name, where there are such, its own features. All others join the branches' channels."""
     features = model.get_layer("features").output
     outputs = {"features": {"features": features}}
     if model.output is not features:
@@ -146,12 +155,18 @@ def _outputs(model):
         patches, side = tokens[:, 1:], math.isqrt(tokens.shape[1] - 1)
         outputs["tokens"] = {"class_token": tokens[:, 0], "mean_of_patches": tf.reduce_mean(patches, axis=1),
                              "patches": tf.reshape(patches, (-1, side, side, tokens.shape[2]))}
-    # The last ReLU of each of a ResNet's stages, layer1 to layer4; a stage's later blocks replace its earlier ones.
-    stages = {f"C{int(layer.name[5]) + 1}": layer.output for layer in model.layers
-              if re.fullmatch(r"layer[1-4]\.\d+\.relu", layer.name)}
-    if stages:
-        outputs["pyramid"] = stages
+    branches = [layer.name[:-len("features")] for layer in model.layers if layer.name.endswith(".features")]
+    outputs.update({name[:-1]: {"features": model.get_layer(f"{name}features").output} for name in branches})
+    stages = [_stages(model, name) for name in branches or [""]]
+    if stages[0]:
+        outputs["pyramid"] = {level: tf.concat([of_one[level] for of_one in stages], axis=-1) for level in stages[0]}
     return outputs
+
+
+def _stages(model, branch):
+    """{"C2": the last ReLU of a ResNet's first stage, ... "C5"}; empty of others. Later blocks replace earlier ones."""
+    return {f"C{int(layer.name[len(branch) + 5]) + 1}": layer.output for layer in model.layers
+            if re.fullmatch(rf"{re.escape(branch)}layer[1-4]\.\d+\.relu", layer.name)}
 
 
 # ---------------------------------------------------------------------------------------------- preprocessing
@@ -159,9 +174,12 @@ def _outputs(model):
 def _preprocessing(encoder):
     recipe, size = view_recipe(encoder.config), encoder.size
     scale = _evaluation_view(size).crop(tf.constant([size, size]), seed=None).scale
-    return {"input": "RGB in [0, 1]", "size": size, "shorter_side": round(size / float(scale[0])),
+    mean, std = colour.SPACES[recipe.space][1:] if recipe.space else (recipe.mean, recipe.std)
+    return {"input": f"{'RGB' if encoder.channels == 3 else f'{encoder.channels} channels'} in [0, 1]", "size": size,
+            "shorter_side": round(size / float(scale[0])),
             "whole_up_to": size if _images_are_small(encoder.config, size) else 0,
-            "interpolation": "bilinear, antialiased", "mean": list(recipe.mean), "std": list(recipe.std)}
+            "interpolation": "bilinear, antialiased", "space": recipe.space, "mean": list(mean),
+            "std": list(std)}
 
 
 def _evaluation_view(size, **options):
@@ -194,6 +212,8 @@ def _read_images(encoded, size, whole_up_to):
 
 
 def _normalized(images, preprocessing):
+    if preprocessing["space"]:    # mean and std are the space's, in its units
+        return colour.normalized(255.0 * images, preprocessing["space"], axis=-1)
     return (images - tf.constant(preprocessing["mean"])) / tf.constant(preprocessing["std"])
 
 
@@ -260,7 +280,9 @@ def _write_saved_model(folder, model, preprocessing):
         return {"features": saved(_read_images(image_bytes, preprocessing["size"], preprocessing["whole_up_to"]))}
 
     signatures = {name: embedding if name == "embedding" else signature(name) for name in _outputs(model)}
-    tf.saved_model.save(saved, folder, {**signatures, "serving_bytes": serving_bytes})
+    if images.shape[-1] == DECODED_CHANNELS:
+        signatures["serving_bytes"] = serving_bytes
+    tf.saved_model.save(saved, folder, signatures)
     return lambda images: tf.saved_model.load(folder)(images).numpy()
 
 
@@ -313,7 +335,7 @@ def _features(backbone, images, preprocessing):
 FORMATS = {
     "saved_model": (_write_saved_model, "the folder itself, for tf.saved_model.load: images in [0, 1]"),
     "keras": (_write_keras, "backbone.keras, for load_model of Keras 2, with moco_tf imported for a transformer's: "
-                            "normalised images, (image - mean) / std, to features"),
+                            "normalised images, (image - mean) / std in the colour space, to features"),
     "weights": (_write_weights, "backbone.weights.h5, for load_weights of the same backbone"),
     "tflite": (_write_tflite, "features.tflite, weights in float16: images in [0, 1] of the size to features"),
 }
@@ -387,7 +409,8 @@ def _bytes(folder):
 def _facts(encoder, side, precision, model, preprocessing):
     trainable = sum(weight.shape.num_elements() for weight in model.trainable_weights)
     outputs = _outputs(_whole(encoder))    # of static shape
-    outputs["serving_bytes"] = outputs["features"]
+    if encoder.channels == DECODED_CHANNELS:
+        outputs["serving_bytes"] = outputs["features"]
     shapes = tf.nest.map_structure(lambda tensor: [None, *tensor.shape[1:]], outputs)
     widths = {name: outputs[name][name].shape[-1] for name in ("features", "embedding") if name in outputs}
     return {

@@ -18,6 +18,9 @@ PICKLE_FILE = ".pkl"    # Detectron2's; written only: reading one would run what
 def read_state_dict(path):
     """The state dict of a .pth, .pth.tar, .pt or .safetensors file, name -> array. Nothing in the file is executed.
 
+    A file of CMC's code holds more beside its model: what is under `contrast` and `model_ema` comes with this before
+    its names, and the option `view`, the colour space, as "opt.view".
+
     Raises:
         UsageError: another kind of file, or the package that reads it is missing.
         DataError: no such file, or it is broken, or would need more than reading.
@@ -54,13 +57,27 @@ def _read_torch(path):
                 "A PyTorch file may hold tensors and plain values only, so that reading it runs no code. Received: "
                 f"{path}, which asks for {needs[1] or needs[2]}. Save its state dict alone.") from None
         raise DataError(f"The file must be a whole PyTorch file. Received: {path}: {_line(error)}.") from None
+    whole = content
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
         raise DataError(f"The file must hold a state dict. Received: {path}, with a {type(content).__name__}.")
-    return {name: (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
-            for name, value in content.items() if isinstance(value, torch.Tensor)}
+    parts, options = _of_cmc(whole)
+    return {**{name: (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
+               for name, value in {**content, **parts}.items() if isinstance(value, torch.Tensor)}, **options}
+
+
+def _of_cmc(whole):
+    """What a file of CMC's code holds beside its model: ({name: tensor}, {"opt.view": array}); nothing of others."""
+    if not isinstance(whole.get("contrast"), dict):
+        return {}, {}
+    parts = {f"{part}.{name}": value for part in ("contrast", "model_ema")
+             for name, value in (whole.get(part) or {}).items()}
+    options = whole.get("opt")
+    options = vars(options) if isinstance(options, argparse.Namespace) else options
+    view = options.get("view") if isinstance(options, dict) else None
+    return parts, {"opt.view": np.array(view)} if view else {}
 
 
 def write_state_dict(path, state, wrap=lambda state: state):

@@ -7,6 +7,7 @@ Files, models and layouts meet in one value, `Checkpoint`:
     model -- checkpoint_of --> Checkpoint -- LAYOUTS[layout], write --> .pth, .pth.tar, .safetensors, .pkl
 """
 
+import functools
 import importlib
 import math
 import re
@@ -16,10 +17,12 @@ import numpy as np
 import tensorflow as tf
 
 from moco_tf.backbones import BACKBONES
+from moco_tf.backbones.branches import branched_backbone, branched_head
 from moco_tf.backbones.resnet import BLOCKS
 from moco_tf.backbones.vit import Block
+from moco_tf.criteria import NCE
 from moco_tf.errors import DataError, UsageError
-from moco_tf.export.torch_files import PICKLE_FILE, SAFETENSORS_FILE, TORCH_FILES, read_state_dict, write_state_dict
+from moco_tf.export.torch_files import PICKLE_FILE, SAFETENSORS_FILE, TORCH_FILES, write_state_dict
 from moco_tf.heads import HEADS, encoder as join, predictor as build_predictor
 
 keras = tf.keras
@@ -31,15 +34,35 @@ AXES_FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
 COUNTER = "num_batches_tracked"                 # PyTorch's BatchNorm counts batches, and uses the count for nothing
 HEAD = "fc."                                    # ours, and a ResNet's there; a vision transformer's there is VIT_HEAD
 VIT_HEAD = "head."
+ALEXNET_HEAD = "fc8.0."
+HEAD_NAME = re.compile(rf"^([^.]+\.)?{re.escape(HEAD)}")    # with the branch's name before it, where there is one
 PREDICTOR = "predictor."
+CMC_BRANCHES = ("l_to_ab", "ab_to_l")           # CMC's code has no others
+CMC_BANKS = {1: ("memory",), 2: ("memory_l", "memory_ab")}    # InsDis's and CMC's names in the same code
+
+
+class Banks(NamedTuple):
+    """What InsDis and CMC keep beside the encoder, in the order of the encoder's branches.
+
+    rows: (n, C) each, none where they are not in the file; partitions: the constants Z of NCE, each of a branch's
+    queries against the other's bank, below 0 where unset; num_negatives, temperature, momentum: of the method.
+    """
+
+    rows: tuple = ()
+    partitions: tuple = ()
+    num_negatives: int = 0
+    temperature: float = 0.0
+    momentum: float = 0.0
 
 
 class Checkpoint(NamedTuple):
     """What a file or a method holds, in PyTorch's names and layout, but for heads, which are all called HEAD.
 
     kind: "pretraining", "probe" (backbone and classifier) or "backbone"; encoder, key_encoder: name -> array, without
-    prefix, the latter empty if there is none; queue: (K, C) or None; pointer: the row that is written next; predictor:
-    name -> array, MoCo v3's, or None; heads: of a vision transformer's attention, which no shape tells; 0: a ResNet.
+    prefix but that of a branch, the latter empty if there is none; queue: (K, C) or None; pointer: the row that is
+    written next; predictor: name -> array, MoCo v3's, or None; heads: of a vision transformer's attention, which no
+    shape tells; 0: no transformer; banks: InsDis's and CMC's, else None; space: of the colours that branches see;
+    "": not known.
     """
 
     kind: str
@@ -49,11 +72,23 @@ class Checkpoint(NamedTuple):
     pointer: int = 0
     predictor: Optional[dict] = None
     heads: int = 0
+    banks: Optional[Banks] = None
+    space: str = ""
 
     @property
-    def version(self):
-        """Of the MoCo whose files have such a pre-training checkpoint: "v3", or "v1 or v2"."""
-        return "v3" if self.queue is None and _has_norm(self.encoder, HEAD) else "v1 or v2"
+    def method(self):
+        """Whose pre-training has such a checkpoint: "CMC", "InsDis", "MoCo v3" or "MoCo v1 or v2"."""
+        if "" not in self.branches:
+            return "CMC"
+        if self.banks is not None:
+            return "InsDis"
+        return "MoCo v3" if self.queue is None and _has_norm(self.encoder, HEAD) else "MoCo v1 or v2"
+
+    @property
+    def branches(self):
+        """{name: what of the encoder is its own, without the name}, in order; {"": all} where there are no branches."""
+        firsts = [re.fullmatch(r"([^.]+)\.(conv1|conv_block_1\.0)\.weight", name) for name in self.encoder]
+        return {first[1]: _below(f"{first[1]}.", self.encoder) for first in firsts if first} or {"": self.encoder}
 
 
 class Report(NamedTuple):
@@ -175,9 +210,9 @@ def parse(state, heads=0):
     """
     wrapped = any(name.startswith("module.") for name in state)
     state = {re.sub(r"^module\.", "", name): value for name, value in state.items()}
-    if any(name.startswith(CMC) for name in state):
-        raise DataError(f"The file must be {KNOWN}. Received: a CMC pre-training file.")
-    if any(name.startswith("encoder_q.") for name in state):
+    if _is_of_cmc(state):
+        checkpoint = _of_cmc(state)
+    elif any(name.startswith("encoder_q.") for name in state):
         queue = state.get("queue")
         checkpoint = Checkpoint(
             "pretraining", _below("encoder_q.", state), _below("encoder_k.", state),
@@ -186,8 +221,6 @@ def parse(state, heads=0):
         predictor = {name: value for name, value in state.items() if name.startswith(PREDICTOR)}
         checkpoint = Checkpoint("pretraining", _below("base_encoder.", state), _below("momentum_encoder.", state),
                                 predictor=predictor or None)
-    elif "encoder.module.conv1.weight" in state:    # InsDis of the CMC repository: its memory bank is not in the state
-        checkpoint = Checkpoint("pretraining", _below("encoder.module.", state), {})
     elif "conv1.weight" in state or "cls_token" in state:
         probed = any(name.startswith((HEAD, VIT_HEAD)) for name in state)
         checkpoint = Checkpoint("probe" if probed else "backbone", state, {})
@@ -196,7 +229,8 @@ def parse(state, heads=0):
                         f"{', '.join(list(state)[:3]) or '(none)'}.")
     if "cls_token" not in checkpoint.encoder:
         if heads:
-            raise DataError(f"Only a vision transformer has attention heads. Received: heads={heads}, and a ResNet.")
+            raise DataError("Only a vision transformer has attention heads. "
+                            f"Received: heads={heads}, for another network.")
         return checkpoint
     encoders = [{re.sub(rf"^{VIT_HEAD}", HEAD, name): value for name, value in part.items()}
                 for part in (checkpoint.encoder, checkpoint.key_encoder)]
@@ -205,8 +239,50 @@ def parse(state, heads=0):
                                heads=heads or _heads(checkpoint.encoder["cls_token"].shape[-1], of_moco))
 
 
-CMC = ("l_to_ab.", "ab_to_l.", "encoder.module.l_to_ab.", "encoder.l_to_ab.")
-KNOWN = "of MoCo v1, v2 or v3, a ResNet in torchvision's names or a vision transformer in timm's"
+KNOWN = "of MoCo v1, v2 or v3, InsDis or CMC, a ResNet in torchvision's names or a vision transformer in timm's"
+
+
+def _is_of_cmc(state):
+    names = [re.sub(r"^encoder\.(module\.)?", "", name) for name in state]
+    return any(name.startswith((*CMC_BRANCHES, "contrast.")) for name in names) \
+        or any(name in state for name in ("encoder.conv1.weight", "encoder.module.conv1.weight"))
+
+
+def _of_cmc(state):
+    """The Checkpoint of a file of CMC's code: of CMC, InsDis or that code's MoCo."""
+    contrast, key_encoder = _below("contrast.", state), _cmc_encoder(_below("model_ema.", state))
+    encoder = _cmc_encoder({name: value for name, value in state.items()
+                            if not name.startswith(("contrast.", "model_ema.", "opt."))})
+    kind = "pretraining" if any(HEAD_NAME.match(name) for name in encoder) else "backbone"
+    checkpoint = Checkpoint(kind, encoder, key_encoder, space=str(state.get("opt.view", "")))
+    if "memory" in contrast and np.size(contrast.get("params", ())) == 1:    # MoCo; its place in the queue is not saved
+        return checkpoint._replace(queue=contrast["memory"])
+    return checkpoint._replace(banks=_banks_of(contrast) if contrast else Banks())
+
+
+def _cmc_encoder(state):
+    """The encoder in a model of CMC's code, which wraps it once or twice; the branches in their order, which a file of
+    another kind than PyTorch's does not keep."""
+    names = {name: re.sub(r"^(module\.)?(encoder\.)?(module\.)?", "", name) for name in state}
+    encoder = {re.sub(rf"^((\w+\.)?){re.escape(ALEXNET_HEAD)}", rf"\1{HEAD}", short): state[name]
+               for name, short in names.items()}
+    halves = [_under(f"{branch}.", _below(f"{branch}.", encoder)) for branch in CMC_BRANCHES]
+    return {**halves[0], **halves[1], **encoder}
+
+
+def _banks_of(contrast):
+    rows = [contrast[name] for names in CMC_BANKS.values() for name in names if name in contrast]
+    params = np.ravel(contrast.get("params", ()))
+    if not rows or len(params) != 3 + len(rows):
+        raise DataError("The memory of CMC or InsDis must hold memory, or memory_l and memory_ab, and params: K, T, a "
+                        f"Z for each, momentum. Received: {', '.join(contrast)}, with {len(params)} params.")
+    negatives, temperature, *partitions, momentum = params
+    return Banks(tuple(rows), tuple(map(float, partitions)), int(negatives), _decimal(temperature), _decimal(momentum))
+
+
+def _decimal(number):
+    """The shortest decimal number that rounds to this float32, which is what somebody typed."""
+    return float(str(np.float32(number)))
 
 
 def _heads(dim, of_moco):
@@ -228,18 +304,29 @@ def architecture(checkpoint):
     """The arguments with which backbone, head and predictor of a checkpoint are built.
 
     Returns:
-        {"backbone": {"name": one of BACKBONES, ...}, "head": None or {"name": one of HEADS, ...}, "predictor": None or
+        {"branches": ((name, channels), ...), as of a config, () without; "backbone": {"name": one of BACKBONES, ...},
+        without its channels where there are branches; "head": None or {"name": one of HEADS, ...}; "predictor": None or
         arguments of `heads.predictor`}.
 
     Raises:
-        DataError: the shapes are of no backbone that is built here.
+        DataError: the shapes are of no backbone that is built here, or of branches unlike each other.
     """
-    encoder = checkpoint.encoder
-    backbone = _vit_of(encoder, checkpoint.heads) if "cls_token" in encoder else _resnet_of(encoder)
+    parts = {name: (_backbone_of(own, checkpoint.heads), _head_of(own)) for name, own in checkpoint.branches.items()}
+    branches = tuple((name, backbone.pop("channels")) for name, (backbone, _) in parts.items() if name)
+    (backbone, head), *others = parts.values()
+    if any(other != (backbone, head) for other in others):
+        raise DataError("The branches of an encoder must be alike but for their channels. "
+                        f"Received: {', '.join(f'{name} {_call(part)}' for name, (part, _) in parts.items())}.")
     predictor = checkpoint.predictor and _normalized_mlp_of(checkpoint.predictor, PREDICTOR)
     if predictor:
         predictor["last_bn"] = f"{PREDICTOR}{3 * predictor['layers'] - 2}.running_mean" in checkpoint.predictor
-    return {"backbone": backbone, "head": _head_of(encoder), "predictor": predictor}
+    return {"branches": branches, "backbone": backbone, "head": head, "predictor": predictor}
+
+
+def _backbone_of(encoder, heads):
+    if "cls_token" in encoder:
+        return _vit_of(encoder, heads)
+    return _alexnet_of(encoder) if "conv_block_1.0.weight" in encoder else _resnet_of(encoder)
 
 
 def _resnet_of(encoder):
@@ -260,6 +347,15 @@ def _resnet_of(encoder):
     return dict(name="resnet", depth=depth, width=planes // 64 if planes % 64 == 0 else planes / 64, groups=groups,
                 width_per_group=width_per_group, stem="imagenet" if side == 7 else "cifar", channels=channels,
                 **own_stem)
+
+
+def _alexnet_of(encoder):
+    try:
+        side = math.isqrt(encoder["fc6.0.weight"].shape[1] // encoder["conv_block_5.0.weight"].shape[0])
+        channels = encoder["conv_block_1.0.weight"].shape[1]
+    except KeyError as missing:
+        raise DataError(f"The file must hold CMC's AlexNet. Received: one without {missing}.") from None
+    return dict(name="alexnet", size=32 * (side + 1), channels=channels)    # one of the 32 sizes with maps of this side
 
 
 def _vit_of(encoder, heads):
@@ -314,7 +410,11 @@ def _layer_number(name):
 def backbone_model(built):
     """The backbone of what `architecture` returned."""
     arguments = dict(built["backbone"])
-    return BACKBONES[arguments.pop("name")](**arguments)
+    build = BACKBONES[arguments.pop("name")]
+    if not built["branches"]:
+        return build(**arguments)
+    return branched_backbone(built["branches"], lambda channels: build(channels=channels, **arguments),
+                             arguments.get("size"))
 
 
 def fit(checkpoint):
@@ -324,9 +424,9 @@ def fit(checkpoint):
     # Not inside a tf.Graph, though shapes are all that is asked for: models made before would not work any more.
     encoder = backbone_model(built)
     if built["head"]:
-        arguments = dict(built["head"])
-        head = HEADS[arguments.pop("name")]
-        encoder = join(encoder, lambda features: head(features, **arguments))
+        arguments, branches = dict(built["head"]), built["branches"]
+        head = functools.partial(HEADS[arguments.pop("name")], **arguments)
+        encoder = join(encoder, functools.partial(branched_head, branches, head) if branches else head)
     reports = [match(encoder, state) for state in (checkpoint.encoder, checkpoint.key_encoder) if state]
     if checkpoint.predictor:
         reports.append(match(build_predictor(**built["predictor"]), checkpoint.predictor))
@@ -336,21 +436,35 @@ def fit(checkpoint):
 def describe(checkpoint):
     """What the checkpoint is, and the encoder it takes, in one sentence."""
     built = architecture(checkpoint)
-    what = {"pretraining": f"a MoCo {checkpoint.version} pre-training checkpoint",
+    what = {"pretraining": f"a pre-training checkpoint of {checkpoint.method}",
             "backbone": "a backbone without a head",
             "probe": "a backbone with a trained classifier, as a linear probe leaves it"}[checkpoint.kind]
-    parts = [_call(built["backbone"])]
+    parts = [f"{name} ({channels} channel{'s' * (channels > 1)})" for name, channels in built["branches"]]
+    if parts:
+        parts = [f"{' and '.join(parts)} of {checkpoint.space or 'a colour space that is not named, taken for Lab'}"]
+    parts.append(_call(built["backbone"]))
     if built["head"]:
         parts.append(f"head {_call(built['head'])}")
     if built["predictor"]:
         parts.append(_call(dict(name="predictor", **built["predictor"])))
     if checkpoint.kind == "pretraining":
-        parts.append("momentum encoder" if checkpoint.key_encoder else "no momentum encoder")
-        if checkpoint.version == "v3":
-            parts += [] if checkpoint.predictor else ["no predictor"]
-        else:
-            parts.append("no queue" if checkpoint.queue is None else f"queue of {len(checkpoint.queue)} keys")
+        parts += _memory_parts(checkpoint)
     return f"{what}: {', '.join(parts)}"
+
+
+def _memory_parts(checkpoint):
+    banks, queue = checkpoint.banks, checkpoint.queue
+    if banks is not None:
+        if not banks.rows:
+            return ["no memory bank"]
+        partitions = " and ".join(f"{value:.6g}" if value > 0 else "unset" for value in banks.partitions)
+        count = len(banks.rows)
+        return [f"{count} memory bank{'s' * (count > 1)} of {len(banks.rows[0])} rows", f"K {banks.num_negatives}",
+                f"T {banks.temperature:g}", f"momentum {banks.momentum:g}", f"Z {partitions}"]
+    momentum = "momentum encoder" if checkpoint.key_encoder else "no momentum encoder"
+    if checkpoint.method == "MoCo v3":
+        return [momentum, *([] if checkpoint.predictor else ["no predictor"])]
+    return [momentum, "no queue" if queue is None else f"queue of {len(queue)} keys"]
 
 
 def _call(section):
@@ -358,28 +472,36 @@ def _call(section):
     return f"{section['name']}({arguments})"
 
 
-def checkpoint_of(method):
-    """The Checkpoint of a method: its encoders, and what it has of a queue with its pointer, and of a predictor."""
+def checkpoint_of(method, space=""):
+    """The Checkpoint of a method: its encoders, and what it has of a queue with its pointer, banks and a predictor.
+
+    `space` is the colour space of its views, which no method knows.
+    """
     key_encoder, predictor, queue = (getattr(method, name, None) for name in ("key_encoder", "predictor", "queue"))
     steps = int(method.optimizer.iterations.numpy()) if method.optimizer else 0
     batches = 2 * steps if predictor else steps    # with a predictor, both views pass through both encoders
     state = Checkpoint(
         "pretraining", state_dict(method.encoder, batches), state_dict(key_encoder, batches) if key_encoder else {},
         predictor=state_dict(predictor, batches) if predictor else None,
-        heads=next((layer.heads for layer in method.encoder.layers if isinstance(layer, Block)), 0))
+        heads=next((layer.heads for layer in method.encoder.layers if isinstance(layer, Block)), 0), space=space or "")
+    if hasattr(method, "banks"):
+        partitions = tuple(float(criterion.partition.numpy()) if isinstance(criterion, NCE) else -1.0
+                           for criterion in method.criteria)
+        return state._replace(banks=Banks(tuple(bank.rows.numpy() for bank in method.banks), partitions,
+                                          method.num_negatives, method.temperature, method.banks[0].momentum))
     if queue is None:
         return state
     return state._replace(queue=queue.keys.numpy(), pointer=int(queue.pointer.numpy()))
 
 
 def restore(method, checkpoint, backbone_only=False):
-    """Loads a pre-training checkpoint into a MoCo method.
+    """Loads a pre-training checkpoint into a method.
 
-    Where the file has no momentum encoder, the method's becomes a copy of the encoder; where no queue or no predictor,
-    that of the method stays.
+    Where the file has no momentum encoder, the method's becomes a copy of the encoder; where no queue, no banks or no
+    predictor, those of the method stay.
 
     Args:
-        method: with `encoder`, `key_encoder` and, by its kind, `queue` or `predictor`.
+        method: with `encoder` and, by its kind, `key_encoder`, `queue`, `banks` and `criteria`, or `predictor`.
         checkpoint: a Checkpoint.
         backbone_only: start from a backbone, or a probe's: heads, predictor and queue stay as they are.
 
@@ -387,16 +509,16 @@ def restore(method, checkpoint, backbone_only=False):
         The Report of the encoder.
 
     Raises:
-        DataError: another architecture or queue; not a pre-training checkpoint, unless `backbone_only`.
+        DataError: another architecture, queue or banks; not a pre-training checkpoint, unless `backbone_only`.
     """
+    encoders = [method.encoder, *([method.key_encoder] if hasattr(method, "key_encoder") else [])]
     if backbone_only:
-        report = _load_backbone(method.encoder, checkpoint)
-        _load_backbone(method.key_encoder, checkpoint)
+        report, *_ = [_load_backbone(encoder, checkpoint) for encoder in encoders]
         return report
     if checkpoint.kind != "pretraining":
         raise DataError("Pre-training goes on from a pre-training checkpoint. "
                         f"Received: {describe(checkpoint)}. To start from its backbone, ask for the backbone only.")
-    key_encoder, predictor, queue = (getattr(method, name, None) for name in ("key_encoder", "predictor", "queue"))
+    predictor, queue = getattr(method, "predictor", None), getattr(method, "queue", None)
     if checkpoint.queue is not None and (queue is None or checkpoint.queue.shape != tuple(queue.keys.shape)):
         ours = "none" if queue is None else tuple(queue.keys.shape)
         raise DataError("The queue must have as many keys, of as many values, as the method's, "
@@ -405,7 +527,8 @@ def restore(method, checkpoint, backbone_only=False):
     if checkpoint.predictor and predictor is None:
         raise DataError("A predictor needs a method that has one, MoCo v3. "
                         f"Received: {describe(checkpoint)}, for a {type(method).__name__}.")
-    states = [(method.encoder, checkpoint.encoder), (method.key_encoder, checkpoint.key_encoder or checkpoint.encoder)]
+    _require_banks(method, checkpoint.banks or Banks())
+    states = list(zip(encoders, (checkpoint.encoder, checkpoint.key_encoder or checkpoint.encoder)))
     if checkpoint.predictor:
         states.append((predictor, checkpoint.predictor))
     _require_heads(method.encoder, checkpoint)
@@ -415,7 +538,21 @@ def restore(method, checkpoint, backbone_only=False):
     if checkpoint.queue is not None:
         queue.keys.assign(checkpoint.queue)
         queue.pointer.assign(checkpoint.pointer)
+    if checkpoint.banks and checkpoint.banks.rows:
+        for bank, rows in zip(method.banks, checkpoint.banks.rows):
+            bank.rows.assign(rows)
+        for criterion, partition in zip(method.criteria, checkpoint.banks.partitions):
+            if isinstance(criterion, NCE):
+                criterion.partition.assign(partition)
     return report
+
+
+def _require_banks(method, banks):
+    ours = [(bank.size, bank.dim) for bank in getattr(method, "banks", ())]
+    theirs = [tuple(rows.shape) for rows in banks.rows]
+    if theirs and ours != theirs:
+        raise DataError("The memory banks must be as many and as large as the method's, "
+                        f"{ours or 'none'}. Received: {theirs}. Set method.bank_size and head.dim to the file's.")
 
 
 def load_backbone(backbone, checkpoint, allow_probe=False):
@@ -445,7 +582,7 @@ def _require_heads(model, checkpoint):
 
 
 def _headless(encoder):
-    return {name: value for name, value in encoder.items() if not name.startswith(HEAD)}
+    return {name: value for name, value in encoder.items() if not HEAD_NAME.match(name)}
 
 
 # ---- layouts ----------------------------------------------------------------------------------------------------
@@ -456,7 +593,7 @@ def official(checkpoint):
     encoder, key_encoder = (_their_head(part, checkpoint) for part in (checkpoint.encoder, checkpoint.key_encoder))
     if checkpoint.kind == "probe":
         return _under("module.", encoder)
-    if checkpoint.version == "v3":
+    if checkpoint.method == "MoCo v3":
         return {**_under("module.base_encoder.", encoder), **_under("module.momentum_encoder.", key_encoder),
                 **_under("module.", checkpoint.predictor or {})}
     state = {**_under("module.encoder_q.", encoder), **_under("module.encoder_k.", key_encoder)}
@@ -464,6 +601,31 @@ def official(checkpoint):
         state["module.queue"] = np.ascontiguousarray(checkpoint.queue.T)
         state["module.queue_ptr"] = np.array([checkpoint.pointer], np.int64)
     return state
+
+
+def cmc(checkpoint):
+    """The state of HobbitLong/CMC's files, as `read_state_dict` returns it: of CMC, InsDis, or MoCo with a linear head.
+
+    A queue begins with its oldest key, because that code does not save its place. It has no queues for branches: of
+    these, only the encoders are written.
+    """
+    encoder, key_encoder = (_under("encoder.module.", _cmc_head(part))
+                            for part in (checkpoint.encoder, checkpoint.key_encoder))
+    contrast, banks = {}, checkpoint.banks or Banks()
+    if banks.rows:
+        contrast = dict(zip(CMC_BANKS[len(banks.rows)], banks.rows))
+        contrast["params"] = np.array([banks.num_negatives, banks.temperature, *banks.partitions, banks.momentum],
+                                      np.float32)
+    elif checkpoint.queue is not None and checkpoint.method != "CMC":
+        contrast = {"params": np.array([-1], np.int64),    # Z, which it then estimates anew
+                    "memory": np.roll(checkpoint.queue, -checkpoint.pointer, axis=0)}
+    return {**encoder, **_under("model_ema.", key_encoder), **_under("contrast.", contrast)}
+
+
+def _cmc_head(encoder):
+    theirs = ALEXNET_HEAD if any("fc6." in name for name in encoder) else HEAD
+    return {HEAD_NAME.sub(lambda found: f"{found[1] or ''}{theirs}", name, count=1): value
+            for name, value in encoder.items()}
 
 
 def torchvision(checkpoint):
@@ -498,14 +660,16 @@ def _under(prefix, state):
     return {prefix + name: value for name, value in state.items()}
 
 
-LAYOUTS = {"official": official, "torchvision": torchvision, "deit": deit, "detectron2": detectron2}
+LAYOUTS = {"official": official, "cmc": cmc, "torchvision": torchvision, "deit": deit, "detectron2": detectron2}
+SUFFIXES_OF = {"cmc": TORCH_FILES, "detectron2": (PICKLE_FILE,)}    # of the others: PyTorch's and safetensors'
 
 
 def write(path, checkpoint, layout):
     """Writes a checkpoint in one of LAYOUTS; the suffix says the kind of file. No broken file is ever left.
 
-    .pth, .pth.tar and .pt: PyTorch, for "official" with the state dict under "state_dict" and for "deit" under "model",
-    as their own files have it; .safetensors: arrays; .pkl: "detectron2" only.
+    .pth, .pth.tar and .pt: PyTorch, for "official" with the state dict under "state_dict", for "deit" under "model",
+    and for "cmc" under "model", "model_ema" and "contrast", as their own files have it, without the optimizer's state;
+    .safetensors: arrays, not of "cmc"; .pkl: "detectron2" only.
 
     Raises:
         UsageError: unknown layout, or a suffix or checkpoint that does not go with it; a package is missing.
@@ -513,23 +677,41 @@ def write(path, checkpoint, layout):
     """
     if layout not in LAYOUTS:
         raise UsageError(f"The layout must be one of {', '.join(LAYOUTS)}. Received: {layout!r}.")
-    suffixes = (PICKLE_FILE,) if layout == "detectron2" else TORCH_FILES + (SAFETENSORS_FILE,)
+    suffixes = SUFFIXES_OF.get(layout, (*TORCH_FILES, SAFETENSORS_FILE))
     if not path.endswith(suffixes):
         raise UsageError(f"A file in layout {layout} must end in {' or '.join(suffixes)}. Received: {path}.")
-    if layout not in _layouts_of(checkpoint):
-        raise UsageError(f"The layout {layout} does not go with every checkpoint. Received: {describe(checkpoint)}. "
-                         f"Use {' or '.join(_layouts_of(checkpoint))}.")
+    possible = _layouts_of(checkpoint)
+    if layout not in possible:
+        use = f"Use {' or '.join(possible)}." if possible else (
+            f"None does: of branches, {' and '.join(CMC_BRANCHES)} alone, with linear heads, go into layout cmc.")
+        raise UsageError(f"The layout {layout} does not go with every checkpoint. "
+                         f"Received: {describe(checkpoint)}. {use}")
     wrap = {"official": lambda state: {"arch": _name(checkpoint), "state_dict": state},
+            "cmc": lambda state: _cmc_file(state, checkpoint.space),
             "torchvision": dict,
             "deit": lambda state: {"model": state},
             "detectron2": lambda state: {"model": state, "__author__": "MOCO", "matching_heuristics": True}}
     write_state_dict(path, LAYOUTS[layout](checkpoint), wrap[layout])
 
 
+def _cmc_file(state, space):
+    parts = {part: _below(f"{part}.", state) for part in ("contrast", "model_ema")}
+    model = {name: value for name, value in state.items() if not name.startswith(tuple(f"{part}." for part in parts))}
+    return {"opt": {"view": space} if space else {}, "model": model, "contrast": parts["contrast"],
+            **({"model_ema": parts["model_ema"]} if parts["model_ema"] else {})}
+
+
 def _layouts_of(checkpoint):
     """The layouts in which a checkpoint can be written."""
-    return [*(["official"] if checkpoint.kind != "backbone" else []),
-            *(["deit"] if checkpoint.heads else ["torchvision", "detectron2"])]
+    built = architecture(checkpoint)
+    linear = checkpoint.kind == "pretraining" and built["head"] and built["head"]["name"] == "linear"
+    of_cmc = ["cmc"] if linear and not checkpoint.heads else []
+    if built["branches"]:
+        return of_cmc if tuple(name for name, _ in built["branches"]) == CMC_BRANCHES else []
+    ours = ["official"] if checkpoint.kind != "backbone" else []
+    if checkpoint.heads:
+        return [*ours, "deit"]
+    return [*ours, *of_cmc, *(["torchvision", "detectron2"] if built["backbone"]["name"] == "resnet" else [])]
 
 
 def _name(checkpoint):
@@ -539,22 +721,6 @@ def _name(checkpoint):
         return f"resnet{backbone['depth']}"
     sizes = {name: partial.keywords for name, partial in BACKBONES.items() if name.startswith("vit_")}
     return next((name for name, size in sizes.items() if {**backbone, "stem": "patch", **size} == backbone), "vit")
-
-
-def convert(source, target, layout):
-    """A file of weights into a file of another layout or kind.
-
-    Returns:
-        (checkpoint, report): what went through, and how it fits the model that it is of.
-
-    Raises:
-        UsageError, DataError: as `read_state_dict`, `parse` and `write`; names or shapes of no whole model.
-    """
-    checkpoint = parse(read_state_dict(source))
-    report = fit(checkpoint)
-    _require(report)
-    write(target, checkpoint, layout)
-    return checkpoint, report
 
 
 def difference_from_torchvision(model, checkpoint):

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from moco_tf import sampling
 from moco_tf.criteria import LOSSES, make_criterion, noted_of
-from moco_tf.distribute import first_row, gather_rows
+from moco_tf.distribute import gather_rows, own_rows
 from moco_tf.errors import UsageError
 from moco_tf.losses import bank_logits, contrastive_logits, positive_rank
 from moco_tf.memory import MemoryBank, ShardedMemoryBank
@@ -85,8 +85,7 @@ class InsDis(Method):
             drawn = self._draw([])
             return {**keys, "positive": [bank.read(index) for bank in self.banks],
                     "negatives": [bank.read(drawn, alike=True) for bank in self.banks]}
-        here = index.shape[0]
-        drawn = self._draw([keys["all"].shape[0]])[first_row(here):][:here]
+        drawn = own_rows(self._draw([keys["all"].shape[0]]), index.shape[0])
         rows = tf.concat([index[:, None], tf.cast(drawn, index.dtype)], axis=1)
         return {**keys, "rows": [bank.read(rows) for bank in self.banks]}
 

@@ -5,9 +5,8 @@ of March 2020: github.com/szq0214/CMC_with_Image_Mixture). Labels, indices and t
     views = mix(views, seed, partner)
 
 `views` are those of one sample, {name: (H, W, C)}, all of one shape: they share whatever is drawn. They come
-normalised, float32; uint8 levels, to show what happens, are mixed and rounded. `partner`, a function
-(seed, otherwise) -> views, gives those of another sample, or `otherwise` where that cannot be read. All that is drawn
-is a function of the seed.
+normalised, float32; uint8 levels, to show what happens, are mixed and rounded. `partner`, a function seed -> views,
+gives those of another sample. All that is drawn is a function of the seed.
 """
 
 from typing import Callable, NamedTuple
@@ -136,9 +135,9 @@ def im(g_alpha=1.0, g_num=2, g_prob=0.1, r_beta=1.0, r_num=2, r_prob=0.1, r_pixe
     of_region, _ = region_mixture(r_beta, r_num, r_prob, r_pixel_decay, partners)
 
     def stage(views, seed, partner):
-        def mixed_partner(seed, otherwise):
+        def mixed_partner(seed):
             drawn, mixed = tf.unstack(ops.split(seed, 2))
-            return of_whole(partner(drawn, otherwise), mixed, partner)
+            return of_whole(partner(drawn), mixed, partner)
 
         first, second = tf.unstack(ops.split(seed, 2))
         return of_region(of_whole(views, first, partner), second, mixed_partner)
@@ -147,7 +146,7 @@ def im(g_alpha=1.0, g_num=2, g_prob=0.1, r_beta=1.0, r_num=2, r_prob=0.1, r_pixe
 
 
 def global_mixture(g_alpha=1.0, g_num=2, g_prob=0.1, partners="data"):
-    """Samples blended with others: `g_num` rounds, each with probability `g_prob`, a ratio of Beta(g_alpha, g_alpha)."""
+    """Samples blended with others: `g_num` rounds, each with probability `g_prob`, by Beta(g_alpha, g_alpha)."""
     if g_alpha <= 0:
         raise UsageError(f"mixture.g_alpha must be above 0. Received: {g_alpha}. Use g_num=0 for no global mixture.")
 
@@ -205,9 +204,9 @@ def _rounds(count, probability, mix):
         numbers, seeds = ops.uniform(drawn, [count, 5]), ops.split(others, count)
 
         def one(i, views):
+            ours = numbers[i]    # not numbers[i, 1:] below: of a position that varies XLA slices the wrong part
             return i + 1, tf.cond(
-                numbers[i, 0] < probability,
-                lambda: mix(i, views, numbers[i, 1:], lambda: partner(seeds[i], views)), lambda: views)
+                ours[0] < probability, lambda: mix(i, views, ours[1:], lambda: partner(seeds[i])), lambda: views)
 
         return tf.while_loop(lambda i, _: i < count, one, (0, views))[1]
 

@@ -17,7 +17,9 @@ KINDS = {"nce": dict(loss="nce", num_negatives=12),
          "softmax": dict(loss="softmax", num_negatives=12), "full": dict(loss="full"),
          "shared": dict(loss="nce", num_negatives=12, shared_negatives=True),
          "cmc": dict(branches=2, loss="nce", num_negatives=12), "cmc_softmax": dict(branches=3, loss="softmax", num_negatives=12),
-         "cmc_full": dict(branches=2, loss="full")}
+         "cmc_full": dict(branches=2, loss="full"),
+         "sharded": dict(loss="nce", num_negatives=12, shared_negatives=True, shard_bank=True),
+         "sharded_full": dict(branches=2, loss="full", shard_bank=True)}
 
 
 def build(dim=16, bank_size=40, temperature=0.2, jit_compile=False, lr=0.1, branches=1, method=InsDis, **options):
@@ -176,6 +178,7 @@ def train_five_steps(kind, replicas):
         first, *others = (copy.numpy() for copy in strategy.experimental_local_results(variable))
         assert len(others) == replicas - 1 and all(np.array_equal(first, other) for other in others), variable.name
         values[variable.name] = first
+    values.update({bank.name: bank.rows.numpy() for bank in method.banks})
     return values
 
 

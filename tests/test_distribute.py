@@ -1,5 +1,7 @@
 """One, two and four replicas train as one: MoCo with shuffling BN in the pipeline and in the step, and MoCo v3 with
-synchronised BN, a ResNet by LARS and a vision transformer by AdamW."""
+synchronised BN, a ResNet by LARS and a vision transformer by AdamW. And gathered rows send gradients back. All methods,
+on one layer: tests/methods.
+"""
 
 import os
 import subprocess
@@ -7,8 +9,11 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from conftest import ROOT
+from linear_methods import strategy_of
+from moco_tf.distribute import first_row, gather_rows
 
 
 def trained(replicas, what, precision, folder):
@@ -67,3 +72,33 @@ def test_the_losses_of_replicas_are_those_of_one_in_float32(replicas, what, alon
     """At published learning rates. At larger ones a ReLU near 0 sooner falls to the other side, and rounding grows."""
     ours = trained(replicas, what, "float32", tmp_path)["losses"][:, 0]
     np.testing.assert_allclose(ours, alone(what, "float32")["losses"][:, 0], rtol=1e-5)
+
+
+PICKED = {"dense": [0, 1, 2, 3], "sparse": [3, 0, 0, 2]}    # by tf.gather, whose gradients are sparse
+
+
+@pytest.mark.parametrize("kind", PICKED)
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_a_gathered_row_has_the_gradients_of_all_replicas(replicas, kind):
+    """Replica r weights what it picks of the gathered rows by r + 1; a row's gradient is the sum of these."""
+    strategy, rows, share = strategy_of(replicas), np.arange(8.0).reshape(4, 2), 4 // replicas
+
+    def pick(rows):
+        return rows if kind == "dense" else tf.gather(rows, PICKED[kind])
+
+    @tf.function
+    def gradients():
+        def here():
+            first = first_row(share)
+            own = tf.slice(tf.constant(rows), tf.stack([first, 0]), [share, 2])
+            with tf.GradientTape() as tape:
+                tape.watch(own)
+                total = tf.reduce_sum(pick(gather_rows(own)) ** 2) * tf.cast(first // share + 1, tf.float64)
+            return tf.convert_to_tensor(tape.gradient(total, own))
+
+        return strategy.run(here)
+
+    weight = replicas * (replicas + 1) / 2
+    counts = np.bincount(PICKED[kind], minlength=4)
+    ours = np.concatenate(strategy.experimental_local_results(gradients()))
+    np.testing.assert_allclose(ours, weight * 2 * rows * counts[:, None])

@@ -1,8 +1,8 @@
 """Training steps of MoCo against the reference's: every run of kinds `moco_steps`, `moco_v3_steps` whose model exists.
 
 Compared after each step, as stored: losses, logits, gradient norms, parameters of both encoders and their norms,
-BatchNorm statistics, and v1's and v2's queue and pointer, v3's predictor, learning rate and momentum. Processes of the
-reference are replicas here, with the recorded shuffle.
+BatchNorm statistics, and v1's and v2's queue and pointer, v3's predictor, learning rate and momentum; of Un-Mix the
+three terms, too. Processes of the reference are replicas here, with the recorded shuffle, and the recorded mixtures.
 """
 
 import re
@@ -14,11 +14,13 @@ import tensorflow as tf
 
 from moco_tf.export.torch_weights import checkpoint_of, named_variables, state_dict
 from moco_tf.methods import moco_v3
+from moco_tf.methods.image_mixture import unmixed
 from moco_tf.methods.moco import MoCo
 from moco_tf.optim.adamw import AdamW
 from moco_tf.optim.lars import LARS
 from moco_tf.optim.schedules import EpochSchedule
 from moco_tf.optim.sgd import SGD
+from moco_tf.views import mixture
 
 from . import replay, weights
 
@@ -41,17 +43,48 @@ class Watched(MoCo):
                 "logits_of": replicas * here[:, None] * outputs["logits"][0][0]}
 
 
-def has_method(settings):
-    """No image mixture yet (Un-Mix)."""
-    return replay.has_encoder(settings) and settings["mixture"] is None
+TERMS = ("o", "m", "m_flip")    # of Un-Mix's loss: the queries, their mixtures, the mixtures in reversed order
+WATCHED = {"loss_o": "loss", "loss_m": "loss", "loss_m_flip": "loss", "logits_m0": "logits", "logits_m_flip0": "logits",
+           "lam_used": "loss"}    # what Un-Mix's runs hold besides, and whose tolerance it has
 
 
-@pytest.mark.parametrize(**replay.cases("moco_steps", has_method))
+def watched_unmix(run, tag):
+    """Un-Mix on `Watched` with the recorded ratios and boxes, the terms of the loss among what it returns."""
+    dtype, terms = replay.DTYPES[tag], []
+
+    class WatchedUnMix(unmixed(Watched)):
+        def contrastive_loss(self, views, keys):
+            terms.clear()
+            losses, outputs = super().contrastive_loss(views, keys)
+            of_terms = {f"loss_{name}": tf.reduce_mean(term) for name, (term, _) in zip(TERMS, terms)}
+            rows = {f"logits_{name}0": its["logits"][0][0] for name, (_, its) in zip(TERMS, terms)}
+            watched = {**of_terms, **rows, "lam_used": self.draw_mixture(views["query"].shape)[1]}
+            return losses, {**outputs, "losses": losses, "watched": watched}
+
+        def compare(self, queries, keys):
+            terms.append(super().compare(queries, keys))
+            return terms[-1]
+
+        def draw_mixture(self, shape):
+            box = tf.unstack(tf.gather(tf.constant(run["box"], tf.int32), self.optimizer.iterations))
+            top, left, bottom, right = box
+            box, whole = (top, bottom, left, right), top < 0
+            ratio = tf.where(whole, tf.gather(tf.constant(run["lam"], dtype), self.optimizer.iterations),
+                             tf.cast(mixture.ratio_of(box, *shape[1:3]), dtype))
+            return lambda images: tf.where(whole, mixture.mix(images, ratio), mixture.paste(images, box)), ratio
+
+        def metrics_of(self, keys, outputs):
+            return {**super().metrics_of(keys, outputs), **outputs["watched"]}
+
+    return WatchedUnMix
+
+
+@pytest.mark.parametrize(**replay.cases("moco_steps", replay.has_encoder))
 def test_steps(run, tag):
     settings = run.settings
     strategy = replay.strategy_of(settings["replicas"])
     with replay.precision(tag), strategy.scope():
-        method = build(settings)
+        method = build(run, tag)
         step_of_all = tf.function(lambda views: strategy.run(method.train_step, args=(views,)))
         expected = Statistics(run, tag, checkpoint_of(method))
         for step in range(settings["steps"]):
@@ -61,8 +94,10 @@ def test_steps(run, tag):
             results = {name: strategy.experimental_local_results(value)[0] for name, value in results.items()}
             checkpoint = checkpoint_of(method)
             check_outputs(run, tag, step, results)
+            passes = {"q": 2 if settings["mixture"] else 1, "k": 1}    # a step, which the reference counts one by one
             for side, state in (("q", checkpoint.encoder), ("k", checkpoint.key_encoder)):
-                assert state["bn1.num_batches_tracked"] == run[f"{tag}/{side}/num_batches_tracked"][step]
+                counted = run[f"{tag}/{side}/num_batches_tracked"][step]
+                assert state["bn1.num_batches_tracked"] * passes[side] == counted
             assert checkpoint.pointer == run[f"{tag}/queue_ptr"][step]
             if tag == "f64":    # in float32 the files have tolerances for losses and logits only
                 check_state(run, tag, step, checkpoint, gradient_norms(), expected)
@@ -70,10 +105,12 @@ def test_steps(run, tag):
         replay.check(run, tag, checkpoint.queue, run[f"{tag}/queue_final"], "queue_final")
 
 
-def build(settings):
+def build(run, tag):
     """The method of a run, compiled, as it stands before the first step."""
-    method = Watched(replay.build_encoder(settings), dim=settings["dim"], queue_size=settings["queue_size"],
-                     temperature=settings["temperature"], momentum=settings["momentum"], shuffle_bn="input")
+    settings = run.settings
+    kind = watched_unmix(run, tag) if settings["mixture"] else Watched
+    method = kind(replay.build_encoder(settings), dim=settings["dim"], queue_size=settings["queue_size"],
+                  temperature=settings["temperature"], momentum=settings["momentum"], shuffle_bn="input")
     rules = settings["optimizer"]
     method.compile(SGD(settings["lr"][0], rules["momentum"], rules["weight_decay"], rules["nesterov"]))
     method.optimizer.build(method.trainable_variables)
@@ -143,6 +180,10 @@ def check_outputs(run, tag, step, results):
             if tolerance is not None:
                 replay.check(run, tag, results[f"{what}_of"][replica], wanted, f"{what} of step {step}", tolerance,
                              scale=max(abs(wanted), 1.0) if what == "loss" and tag == "f32" else None)
+    for key in set(WATCHED).intersection(results):
+        wanted = run[f"{tag}/{key}"][step]
+        replay.check(run, tag, results[key], wanted, f"{key} of step {step}", run.tolerance(tag, WATCHED[key], step),
+                     scale=max(abs(wanted), 1.0) if WATCHED[key] == "loss" and tag == "f32" else None)
 
 
 def check_state(run, tag, step, checkpoint, gradient_norms, statistics):

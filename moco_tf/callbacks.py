@@ -64,6 +64,7 @@ class Checkpoints:
             DataError: on all hosts, when it cannot be written; what was saved before is then still there.
         """
         failure = None
+        self.checkpoint.save_counter    # all hosts make it together; of the rest each has its own copy
         if self.hosts.chief:
             try:
                 self.manager.save(checkpoint_number=step)

@@ -57,7 +57,8 @@ def show_views(config, count=6, draws=3):
     rows = []
     for i, image in enumerate(images):
         drawn = [recipe.apply(image, tf.constant([i, draw])) for draw in range(draws)]
-        rows.append([image.numpy(), *(views[name].numpy() for name in recipe.views for views in drawn)])
+        shown = [image.numpy(), *(views[name].numpy() for name in recipe.views for views in drawn)]
+        rows.append([part[..., :3] if part.shape[-1] >= 3 else part[..., 0] for part in shown])
     if not rows:
         raise DataError("Some image must be readable. Received: none that is. `moco-tf data check` lists them.")
     return sheet(rows, f"Views {config.views.name!r}", [("original", 1), *((name, draws) for name in recipe.views)],

@@ -8,9 +8,11 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from moco_tf.data.pipeline import Unreadable, evaluation_batches, training_batches
+from moco_tf.data import tools
+from moco_tf.data.pipeline import Unreadable, evaluation_batches, partners_of, training_batches
 from moco_tf.data.sources import open_source
-from moco_tf.errors import DataError
+from moco_tf.errors import DataError, UsageError
+from moco_tf.views.image_mixture import MIXTURES
 from moco_tf.views.recipes import RECIPES
 
 BATCH, GROUP, PER_EPOCH = 24, 4, 3
@@ -43,16 +45,16 @@ def recipe():
     return RECIPES["quickstart"](size=12, xla=False)
 
 
-def batches(source, count, **options):
+def batches(source, count, views=None, **options):
     """The first `count` global batches from what each replica gets, keys beside their queries again."""
     replicas = options.get("replicas", 1)
-    dataset = training_batches(source, recipe(), BATCH, PER_EPOCH, seed=5, bn_group_size=GROUP, **options)
+    dataset = training_batches(source, views or recipe(), BATCH, PER_EPOCH, seed=5, bn_group_size=GROUP, **options)
     parts = list(dataset.take(count * replicas).as_numpy_iterator())
     joined = []
     for t in range(count):
         mine = parts[t * replicas:(t + 1) * replicas]
         whole = {name: np.concatenate([part[name] for part in mine]) for name in mine[0]}
-        joined.append({**whole, "shuffled": whole["key"]})
+        joined.append(whole)
     return joined
 
 
@@ -202,3 +204,163 @@ def test_a_label_outside_the_range_stops_the_pipeline(folder):
     source.num_classes = 1
     with pytest.raises(tf.errors.InvalidArgumentError, match="labels must be from 0 to"):
         labelled(source, 3, 1)
+
+
+# Views normalised in the pipeline.
+
+def test_views_may_leave_the_pipeline_normalized(folder):
+    views = two_views()
+    for source in (open_source("embedded"), open_source("folder", path=folder)):
+        for levels, ready in zip(batches(source, 2, views), batches(source, 2, views.normalized())):
+            for view in ("query", "key"):
+                assert ready[view].dtype == np.float32
+                np.testing.assert_allclose(ready[view], views.normalize(levels[view]), rtol=0, atol=1e-6)
+            np.testing.assert_array_equal(levels["key_position"], ready["key_position"])
+
+
+# Image mixtures.
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory):
+    """120 images of one level each, its index, as arrays: whatever a view is cut from, its pixels say of which image."""
+    path = tmp_path_factory.mktemp("even") / "train.npy"
+    np.save(path, np.broadcast_to(np.arange(120, dtype=np.uint8)[:, None, None, None], (120, 66, 65, 3)))
+    return open_source("arrays", str(path))
+
+
+def two_views():
+    return RECIPES["cmc"](size=12, names=("query", "key"), xla=False)
+
+
+@pytest.mark.parametrize("kind, mix", [
+    ("embedded", MIXTURES["region"](r_prob=0.4)), ("folder", MIXTURES["global"](g_prob=0.4)),
+    ("folder", MIXTURES["region"](r_prob=0.4, partners="batch")),
+    pytest.param("folder", MIXTURES["im"](g_prob=0.4, r_prob=0.4), marks=pytest.mark.slow)],
+    ids=["small", "large", "batch", "im"])
+def test_mixed_batches_depend_on_seed_and_step_alone(kind, mix, folder):
+    """Nor do hosts change them, except that partners of the batch are of the host's."""
+    source, views = source_of(kind, folder), RECIPES["cmc"](size=12, xla=False).normalized()
+    options = dict(views=views, mixture=mix)
+    expected = batches(source, 4, workers=1, **options)
+    for ours, theirs in zip(expected[1:], batches(source, 3, first_step=1, workers=4, replicas=2, **options)):
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+    if mix.partners == "data":
+        host = batches(source, 2, context=Context(2, 1), **options)
+        for whole, part in zip(expected, host):
+            for name in ("query", "index"):
+                np.testing.assert_array_equal(whole[name][BATCH // 2:], part[name])
+    untouched = batches(source, 4, views)
+    changed = np.mean([(a["query"] != b["query"]).any((1, 2, 3)) for a, b in zip(expected, untouched)])
+    assert 0.45 < changed < 0.97      # 1 - 0.6^2 = 0.64, or of IM 1 - 0.6^4 = 0.87
+
+
+def test_both_crops_share_partner_ratio_and_box(even):
+    for mix in (MIXTURES["region"](r_prob=0.4), MIXTURES["global"](g_prob=0.4, partners="batch")):
+        for batch in batches(even, 2, two_views(), mixture=mix):
+            np.testing.assert_array_equal(in_order_of_queries(batch), batch["query"])
+            assert (batch["query"] != batch["index"][:, None, None, None]).any((1, 2, 3)).mean() > 0.3
+
+
+def pasted(batch):
+    """For each row in which a region of another image is seen: (its own index, that of the other image)."""
+    found = []
+    for index, image in zip(batch["index"], batch["query"][..., 0]):
+        others = set(np.unique(image)) - {index}
+        found += [(index, other) for other in others]
+    return found
+
+
+def test_partners_are_any_images_of_the_data_or_of_the_batch(even):
+    plain, rounds = two_views(), dict(r_num=1, r_prob=1.0)      # levels: the pixels name the image
+    data, batch = (batches(even, 12, plain, mixture=MIXTURES["region"](partners=partners, **rounds))
+                   for partners in ("data", "batch"))
+    seen = [other for one in data for _, other in pasted(one)]
+    outside = [other not in one["index"] for one in data for _, other in pasted(one)]
+    assert len(seen) > 200 and len(set(seen)) > 85      # of 120: 1 - exp(-n / 120) of them, 98 for n = 205
+    assert abs(np.mean(outside) - (1 - BATCH / 120)) < 0.1
+    for one in batch:
+        assert pasted(one) and all(other in one["index"] for _, other in pasted(one))
+    mine = batches(even, 1, plain, mixture=MIXTURES["region"](partners="batch", **rounds), context=Context(2, 1))[0]
+    assert len(mine["index"]) == BATCH // 2 and all(other in mine["index"] for _, other in pasted(mine))
+
+
+def test_partners_are_augmented_afresh(folder):
+    """Blended with itself from other crops, the only image of a folder is no longer what it was."""
+    source = open_source("folder", path=folder + "/0")
+    source.size = 1      # the first image alone
+    before, after = (
+        next(iter(training_batches(source, RECIPES["cmc"](size=12, xla=False), 4, 1, seed=5, mixture=mix)))["query"]
+        for mix in (None, MIXTURES["global"](g_num=1, g_prob=1.0)))
+    assert (before.numpy() != after.numpy()).any((1, 2, 3)).all()
+
+
+def test_a_stream_takes_partners_from_the_batch(even, folder, tmp_path):
+    tools.pack(folder + "/0", str(tmp_path))
+    records, mix = open_source("records", str(tmp_path)), MIXTURES["im"]()
+    assert (partners_of(mix, even), partners_of(mix, records)) == ("data", "batch")
+    assert partners_of(MIXTURES["im"](partners="batch"), even) == "batch"
+    assert partners_of(MIXTURES["cutout"](), records) == ""
+    ours, same = (batches(records, 2, two_views().normalized(), mixture=MIXTURES["global"](partners=partners))
+                  for partners in ("data", "batch"))
+    for one, other in zip(ours, same):
+        np.testing.assert_array_equal(one["query"], other["query"])
+
+
+def test_a_partner_that_cannot_be_read_leaves_the_sample_as_it_is(tmp_path):
+    for i in range(40):
+        Image.fromarray(np.full((66, 70, 3), 200, np.uint8)).save(tmp_path / f"{i:02d}.png")
+        if i % 4 == 0:
+            (tmp_path / f"{i:02d}.png").write_bytes(b"")
+    source = open_source("folder", path=str(tmp_path))
+    for partners in ("data", "batch"):
+        mix = MIXTURES["region"](r_prob=0.9, partners=partners)
+        for batch in batches(source, 2, two_views(), mixture=mix, unreadable=Unreadable(source, limit=1.0)):
+            assert set(np.unique(batch["query"])) == {200}
+
+
+# Images of other numbers of channels.
+
+@pytest.fixture(scope="module")
+def depths(tmp_path_factory):
+    """The same 30 images of RGB and depth as PNG files and as arrays."""
+    root = tmp_path_factory.mktemp("depths")
+    arrays = np.random.default_rng(0).integers(0, 256, (30, 70, 66, 4), np.uint8)
+    (root / "png").mkdir()
+    for i, array in enumerate(arrays):
+        Image.fromarray(array, "RGBA").save(root / "png" / f"{i:02d}.png")
+    np.save(root / "train.npy", arrays)
+    return [open_source("folder", str(root / "png"), channels=4),
+            open_source("arrays", str(root / "train.npy"), channels=4)], arrays
+
+
+def test_rgb_and_depth_from_files_and_arrays(depths):
+    sources, arrays = depths
+    constants = dict(mean=(0.5, 0.4, 0.3, 0.2), std=(0.25, 0.2, 0.3, 0.1))
+    views = RECIPES["channels"](size=16, names=("query", "key"), xla=False, **constants)
+    mix = MIXTURES["region"](r_prob=0.4)
+    files, mapped = (batches(source, 2, views.normalized(), mixture=mix, replicas=2) for source in sources)
+    for ours, theirs in zip(files, mapped):
+        assert ours["query"].shape == (BATCH, 16, 16, 4) and ours["query"].dtype == np.float32
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+    whole = RECIPES["channels"](size=70, crop_min=1.0, flip=0.0, xla=False, **constants)      # 70 x 66 stretched
+    batch = next(iter(training_batches(sources[0], whole.normalized(), 4, 1, seed=0)))
+    means = arrays.mean((1, 2))[batch["index"].numpy()] / 255.0
+    np.testing.assert_allclose(tf.reduce_mean(batch["query"], [1, 2]), (means - constants["mean"]) / constants["std"],
+                               atol=0.05)
+    for source in sources:
+        views, _, index, real = next(iter(evaluation_batches(source, RECIPES["eval"](size=64, shorter_side=66), 30)))
+        np.testing.assert_array_equal(views["image"], arrays[:, 3:67, 1:65])
+        assert real.numpy().all() and list(index) == list(range(30))
+
+
+def test_a_recipe_that_needs_rgb_refuses_other_images(depths):
+    source = depths[0][0]
+    with pytest.raises(UsageError, match="images of 3 channels. Received: 4 channels"):
+        training_batches(source, recipe(), BATCH, PER_EPOCH, seed=0)
+    with pytest.raises(UsageError, match="images of 3 channels. Received: 4 channels"):
+        evaluation_batches(source, RECIPES["moco_v2"](), BATCH)
+    four = RECIPES["channels"](mean=(0.5,) * 4, std=(0.5,) * 4)
+    with pytest.raises(UsageError, match="images of 4 channels. Received: 3 channels"):
+        training_batches(open_source("embedded"), four, BATCH, 1, seed=0)

@@ -26,6 +26,12 @@ def picture(height=40, width=50, seed=0):
     return Image.fromarray(small).resize((width, height), Image.BICUBIC)
 
 
+def with_depth(height=40, width=50, seed=0):
+    """(H, W, 4) uint8: a picture, and a fourth measurement that PNG calls alpha; it is 0 in places."""
+    depth = np.asarray(picture(height, width, seed=seed + 100))[..., :1] // 64 * 64
+    return np.concatenate([np.asarray(picture(height, width, seed=seed)), depth], axis=-1)
+
+
 def encode(image, file_format, **options):
     content = io.BytesIO()
     image.save(content, file_format, **options)
@@ -419,6 +425,161 @@ def test_tfds_data_sets_by_name_through_its_mock():
         without_labels = open_source("tfds", "div2k/bicubic_x2", feature="lr")
         assert without_labels.num_classes == 0
         assert {label for _, label in decoded(without_labels).values()} == {-1}
+
+
+# Other numbers of channels.
+
+@pytest.fixture(scope="module")
+def depths(tmp_path_factory):
+    """PNG files of RGB and depth, of two classes, packed too, and beside them as arrays."""
+    root, arrays = tmp_path_factory.mktemp("depths"), np.stack([with_depth(seed=i) for i in range(6)])
+    for i, array in enumerate(arrays):
+        write(f"{root}/png/train/{'ab'[i // 3]}/{i}.png", encode(Image.fromarray(array, "RGBA"), "PNG"))
+    tools.pack(str(root / "png"), str(root / "packed"), shards=2)
+    os.makedirs(root / "npy")
+    np.save(root / "npy" / "train.npy", arrays)
+    np.save(root / "npy" / "train_labels.npy", np.repeat(np.int32([0, 1]), 3))
+    np.savez_compressed(root / "npy" / "val.npz", images=arrays[:2], labels=np.uint8([1, 0]))
+    np.savez(root / "unlabelled.npz", images=arrays)
+    return str(root), arrays
+
+
+@pytest.mark.parametrize("name, path", [("folder", "png"), ("records", "packed"), ("arrays", "npy")])
+def test_a_fourth_channel_comes_out_as_it_is(depths, name, path):
+    root, arrays = depths
+    source = open_source(name, f"{root}/{path}", channels=4)
+    assert (source.channels, source.num_classes, source.size) == (4, 2, 6)
+    images = decoded(source)
+    for index, (image, label) in images.items():
+        np.testing.assert_array_equal(image, arrays[index])
+        assert label == index // 3
+    assert source.examples().map(source.decode).element_spec["image"].shape[-1] == 4
+    if source.random_access:
+        train, held_out = split_holdout(source, 0.3)
+        assert train.channels == held_out.channels == 4
+    if name != "arrays":      # three channels are still asked for by default, and are what they were
+        plain = decoded(open_source(name, f"{root}/{path}"))
+        np.testing.assert_array_equal(plain[0][0], arrays[0][..., :3])
+
+
+def test_arrays_are_mapped_or_read(depths):
+    root, arrays = depths
+    mapped, read = (open_source("arrays", f"{root}/npy", split, channels=4) for split in ("train", "val"))
+    assert isinstance(mapped._images, np.memmap) and mapped.image_shape == (40, 50, 4)
+    np.testing.assert_array_equal(mapped.labels(), [0, 0, 0, 1, 1, 1])
+    assert (mapped.random_access, mapped.can_fail, mapped.describe(3)) == (True, False, f"{root}/npy/train.npy[3]")
+    np.testing.assert_array_equal(read.labels(), [1, 0])
+    np.testing.assert_array_equal(decoded(read)[1][0], arrays[1])
+    assert sorted(order(mapped, seed=1)) == list(range(6)) and has_split("arrays", f"{root}/npy", "val")
+    alone = open_source("arrays", f"{root}/unlabelled.npz", channels=4)
+    assert (alone.num_classes, alone.labels()) == (0, None)
+    assert {label for _, label in decoded(alone).values()} == {-1}
+    assert not has_split("arrays", f"{root}/unlabelled.npz", "val")
+    np.testing.assert_array_equal(decode.decode_image(mapped.encoded({"index": np.int64(2)}), 4), arrays[2])
+
+
+def test_arrays_on_a_remote_file_system():
+    content = io.BytesIO()
+    np.save(content, np.arange(48, dtype=np.uint8).reshape(2, 2, 4, 3))
+    tf.io.gfile.makedirs("ram://arrays")
+    with tf.io.gfile.GFile("ram://arrays/train.npy", "wb") as file:
+        file.write(content.getvalue())
+    source = open_source("arrays", "ram://arrays")
+    np.testing.assert_array_equal(decoded(source)[1][0].ravel(), np.arange(24, 48))
+
+
+def test_arrays_of_thirteen_channels_cannot_be_packed_but_need_not(tmp_path):
+    arrays = np.random.default_rng(0).integers(0, 256, (3, 5, 6, 13), np.uint8)
+    np.save(tmp_path / "bands.npy", arrays)
+    source = open_source("arrays", str(tmp_path / "bands.npy"), channels=13)
+    np.testing.assert_array_equal(decoded(source)[2][0], arrays[2])
+    with pytest.raises(UsageError, match="at most 4 channels. Received: 13"):
+        tools.pack(source, str(tmp_path / "packed"))
+
+
+@pytest.mark.parametrize("array, message", [
+    (np.zeros((2, 3, 4), np.uint8), r"uint8 \(N, H, W, C\). Received: uint8 \(2, 3, 4\)"),
+    (np.zeros((2, 3, 4, 3), np.float32), r"Received: float32 \(2, 3, 4, 3\)"),
+    (np.zeros((0, 3, 4, 3), np.uint8), "uint8"),
+    (np.zeros((2, 3, 4, 4), np.uint8), "data.channels must be.*Received: 3, and 4 in")])
+def test_unsuitable_arrays_are_refused(tmp_path, array, message):
+    np.save(tmp_path / "train.npy", array)
+    with pytest.raises(DataError, match=message):
+        open_source("arrays", str(tmp_path))
+
+
+def test_broken_and_missing_arrays_are_named(tmp_path):
+    with pytest.raises(UsageError, match="'arrays' needs a path"):
+        open_source("arrays")
+    with pytest.raises(DataError, match="Looked for: train.npy, train.npz"):
+        open_source("arrays", str(tmp_path))
+    with pytest.raises(DataError, match="must be an existing file.*missing.npy"):
+        open_source("arrays", str(tmp_path / "missing.npy"))
+    for name, content in (("a.npy", b"no array"), ("b.npz", b"PK no archive")):
+        write(str(tmp_path / name), content)
+        with pytest.raises(DataError, match=f"{name} must hold arrays as NumPy saves them"):
+            open_source("arrays", str(tmp_path / name))
+    np.savez(tmp_path / "c.npz", pictures=np.zeros((2, 3, 4, 3), np.uint8))
+    with pytest.raises(DataError, match="images"):
+        open_source("arrays", str(tmp_path / "c.npz"))
+    np.save(tmp_path / "train.npy", np.zeros((2, 3, 4, 3), np.uint8))
+    for labels in (np.zeros(3, np.int64), np.float32([0, 1]), np.int64([0, -1])):
+        np.save(tmp_path / "train_labels.npy", labels)
+        with pytest.raises(DataError, match="labels must be integers"):
+            open_source("arrays", str(tmp_path))
+
+
+def test_files_that_cannot_have_the_channels_asked_for(photos, depths, tmp_path):
+    with pytest.raises(DataError, match="4 channels must be PNG files. Received: 30 others of 30.*first ape/00.jpg"):
+        open_source("folder", photos, channels=4)
+    for name, path in (("folder", photos), ("records", f"{depths[0]}/packed")):
+        with pytest.raises(UsageError, match="1 to 4. Received: 5.*\"arrays\""):
+            open_source(name, path, channels=5)
+    with pytest.raises(UsageError, match="'embedded' does not take channels"):
+        open_source("embedded", channels=4)
+    with pytest.raises(tf.errors.InvalidArgumentError):      # no fourth channel is invented
+        decode.decode_image(tf.constant(encode(picture(), "PNG")), 4)
+    grey = picture().convert("L")
+    np.testing.assert_array_equal(decode.decode_image(tf.constant(encode(grey, "PNG")), 1)[..., 0], np.asarray(grey))
+
+
+class TinyDepths(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+            "image": tfds.features.Image(shape=(40, 50, 4), encoding_format="png")}))
+
+    def _split_generators(self, _):
+        return {"train": ((i, {"image": with_depth(seed=i)}) for i in range(3))}
+
+    def _generate_examples(self):
+        raise AssertionError("the splits are given whole")
+
+
+def test_tfds_images_of_four_channels(tmp_path):
+    TinyDepths(data_dir=str(tmp_path)).download_and_prepare()
+    source = open_source("tfds", "tiny_depths", data_dir=str(tmp_path), channels=4)
+    assert source.image_shape == (40, 50, 4)
+    expected = {with_depth(seed=i).tobytes() for i in range(3)}
+    assert {image.tobytes() for image, _ in decoded(source).values()} == expected
+    assert open_source("tfds", "tiny_depths", data_dir=str(tmp_path)).image_shape == (40, 50, 3)
+    with pytest.raises(DataError, match="must be 3 or the images' own number. Received: 2, for tiny_depths with 4"):
+        open_source("tfds", "tiny_depths", data_dir=str(tmp_path), channels=2)
+
+
+# Grey images.
+
+def test_share_of_grey_images(tmp_path, photos):
+    assert sources.grey_share(open_source("embedded")) == 1.0
+    assert sources.grey_share(open_source("folder", photos)) == 0.0
+    for i in range(10):
+        image = picture(seed=i).convert("L") if i < 4 else picture(seed=i)
+        write(f"{tmp_path}/{i}.png", encode(image.convert("RGB") if i < 2 else image, "PNG"))
+    write(f"{tmp_path}/broken.png", b"")
+    assert sources.grey_share(open_source("folder", str(tmp_path))) == 0.4
+    tools.pack(str(tmp_path), str(tmp_path / "packed"))
+    assert sources.grey_share(open_source("records", str(tmp_path / "packed"))) == 0.4
 
 
 # A held-out part.

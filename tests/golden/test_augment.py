@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from moco_tf.train import normalizer
 from moco_tf.views import colour, mixture, ops
+from moco_tf.views.recipes import RECIPES
 
 from . import weights
 from .replay import runs
@@ -105,6 +107,22 @@ def test_colour_spaces(photo, compiled):
         check(lambda planes, space=space: colour.normalized(planes, space), photo[f"space_normalized/{space}"], space)
 
 
+def test_colour_spaces_of_a_recipe(photo):
+    """As the step normalises views and as the pipeline does; a crop of all of the photo is the photo."""
+    image, seed = tf.constant(photo["rgb"]), tf.constant([1, 2])
+    for space in photo.settings["space_normalized"]:
+        recipe = RECIPES["cmc"](size=len(photo["rgb"]), crop_min=1.0, flip=0.0, space=space)
+        view = recipe.apply(image, seed)["query"]
+        np.testing.assert_array_equal(view, photo["rgb"])
+        expected = photo[f"space_normalized/{space}"]
+        bound = photo.settings["tolerance"]["space"] * np.ptp(expected, axis=(0, 1))
+        in_step = normalizer(recipe)(view[None])[0]
+        in_input = recipe.normalized().apply(image, seed)["query"]
+        for found in (in_step, in_input):
+            assert found.dtype == tf.float32 and (np.abs(found - expected) <= bound).all(), space
+        np.testing.assert_allclose(in_step, in_input, rtol=0, atol=1e-6)
+
+
 def test_resized_crops(photo):
     tolerance, crops = photo.settings["tolerance"], photo.settings["crops"]
     size, image = crops["size"], tf.constant(photo["rgb"])
@@ -129,9 +147,10 @@ def test_validation_crop(photo):
 
 
 def test_normalize(photo):
-    normalized = ops.normalize(tf.constant(photo["rgb"])[None], **photo.settings["normalize"])[0]
-    np.testing.assert_allclose(normalized, photo["totensor_normalize"], rtol=0,
-                               atol=photo.settings["tolerance"]["tensor"]["all"])
+    constants, bound = photo.settings["normalize"], photo.settings["tolerance"]["tensor"]["all"]
+    for normalized in (ops.normalize(tf.constant(photo["rgb"])[None], **constants)[0],
+                       tf.transpose(ops.normalize_planes(planes_of(photo), **constants), [1, 2, 0])):
+        np.testing.assert_allclose(normalized, photo["totensor_normalize"], rtol=0, atol=bound)
 
 
 def rows(values, settings):

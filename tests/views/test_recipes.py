@@ -8,7 +8,7 @@ import tensorflow as tf
 from PIL import Image
 
 from moco_tf.errors import UsageError
-from moco_tf.views import ops, randaugment
+from moco_tf.views import colour, ops, randaugment
 from moco_tf.views.recipes import RECIPES
 
 
@@ -36,6 +36,7 @@ PAPERS = {    # of each view, or of both alike: crop, then stages in order with 
                    ("random_flip", 0.5)],
         "view_2": [("random_crop", (0.08, 1.0)), JITTER_V3, ("random_grayscale", 0.2), ("random_blur", (0.1, 2.0), 0.1),
                    ("random_solarize", 0.2), ("random_flip", 0.5)]},
+    "cmc": [("random_crop", (0.2, 1.0)), ("random_flip", 0.5)],
     "train_linear": [("random_crop", (0.08, 1.0)), ("random_flip", 0.5)],
     "transfer": [("random_crop", (0.05, 1.0)), ("random_flip", 0.5)],
     "deit": [("random_crop", (0.08, 1.0)), ("random_flip", 0.5), ("random_augment", 2, 0.5, 9.0, 0.5, (124, 116, 104))],
@@ -71,7 +72,7 @@ def test_views_have_names_shapes_and_constants(name, views):
     drawn = recipe.apply(tf.constant(noise(20, 33, 3)), tf.constant([1, 2]))
     assert set(drawn) == set(recipe.views) == views
     assert all(view.shape == (16, 16, 3) and view.dtype == tf.uint8 for view in drawn.values())
-    assert len(recipe.mean) == len(recipe.std) == 3
+    assert len(recipe.mean) == len(recipe.std) == 3 and recipe.space is None
 
 
 @pytest.mark.parametrize("name, grey, jittered, flipped", [
@@ -187,3 +188,81 @@ def test_a_pair_of_views_to_retrieve_one_by_the_other():
     assert two.pair() is two
     drawn = one.pair().apply(tf.constant(noise(20, 33, 3)), tf.constant([1, 2]))
     assert set(drawn) == {"query", "query_again"} and np.any(drawn["query"] != drawn["query_again"])
+
+
+RGB_D = dict(mean=(0.5, 0.4, 0.3, 0.2), std=(0.25, 0.2, 0.3, 0.1))
+
+
+def test_cmc_draws_one_crop_or_two():
+    image, seed = tf.constant(noise(40, 33, 3)), tf.constant([1, 2])
+    one, two = RECIPES["cmc"](size=16), RECIPES["cmc"](size=16, space="YCbCr", names=("query", "key"))
+    assert (one.space, two.space) == ("Lab", "YCbCr") and one.mean is None
+    crops = two.apply(image, seed)
+    assert list(one.apply(image, seed)) == ["query"] and list(crops) == ["query", "key"]
+    assert np.any(crops["query"] != crops["key"])
+    assert all(view.dtype == tf.uint8 and view.shape == (16, 16, 3) for view in crops.values())
+    assert list(one.pair().views) == ["query", "query_again"] and one.pair().space == "Lab"
+    with pytest.raises(UsageError, match="Lab, YCbCr.*Received: 'lab'"):
+        RECIPES["cmc"](space="lab")
+
+
+@pytest.mark.parametrize("name, options, xla", [
+    ("cmc", dict(space="Lab"), True), ("cmc", dict(space="HSV", names=("query", "key")), False),
+    ("train_linear", {}, True)])
+def test_views_normalized_in_the_pipeline_or_in_the_step_are_equal(name, options, xla):
+    """From the same draws, one by one and in batches."""
+    recipe, images, drawn = RECIPES[name](size=20, xla=xla, **options), tf.constant(noise(6, 28, 28, 3)), seeds(6)
+    normalized = recipe.normalized()
+    batch, ready = recipe.apply_batch(images, drawn), normalized.apply_batch(images, drawn)
+    for view in recipe.views:
+        assert ready[view].dtype == tf.float32
+        np.testing.assert_allclose(ready[view], recipe.normalize(batch[view]), rtol=0, atol=1e-6)
+    for i in range(3):
+        levels, ready = recipe.apply(images[i], drawn[i]), normalized.apply(images[i], drawn[i])
+        for view in recipe.views:
+            np.testing.assert_allclose(ready[view], recipe.normalize(levels[view][None])[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [
+    ("float32", 1e-5), ("float64", 1e-12), ("bfloat16", 1e-2), ("float16", 1e-3)])
+def test_a_colour_space_in_each_precision(dtype, tolerance):
+    """Half precision only at the end: chroma is a difference of close numbers."""
+    images = tf.constant(noise(2, 6, 5, 3))
+    found = RECIPES["cmc"]().normalize(images, dtype)
+    assert found.dtype == tf.as_dtype(dtype)
+    exact = colour.normalized(images, "Lab", -1, tf.float64)
+    np.testing.assert_allclose(tf.cast(found, tf.float64), exact, rtol=0, atol=tolerance)
+
+
+def test_channels_of_any_number():
+    """Channel by channel as the same crop of RGB."""
+    image, seed = noise(30, 40, 4), tf.constant([1, 2])
+    recipe = RECIPES["channels"](size=16, **RGB_D)
+    view = recipe.apply(tf.constant(image), seed)["query"]
+    assert view.shape == (16, 16, 4) and view.dtype == tf.uint8 and recipe.channels == 4
+    three = RECIPES["cmc"](size=16).apply(tf.constant(image[..., 1:]), seed)["query"]
+    np.testing.assert_array_equal(view[..., 1:], three)
+    small = recipe.apply_batch(tf.constant(image[None]), seed[None])["query"][0]
+    assert np.abs(np.int32(small) - np.int32(view)).max() <= 1
+    expected = (np.asarray(view) / 255.0 - RGB_D["mean"]) / RGB_D["std"]
+    np.testing.assert_allclose(recipe.normalize(view[None])[0], expected, atol=1e-5)
+    np.testing.assert_allclose(recipe.normalized().apply(tf.constant(image), seed)["query"], expected, atol=1e-5)
+    for count in (1, 2, 13):
+        many = RECIPES["channels"](size=8, mean=(0.5,) * count, std=(0.25,) * count, names=("query", "key"))
+        views = many.normalized().apply(tf.constant(noise(12, 9, count)), seed)
+        assert all(view.shape == (8, 8, count) for view in views.values()) and list(views) == ["query", "key"]
+        assert RECIPES["eval"](size=8).apply(tf.constant(noise(12, 9, count)), seed)["image"].shape == (8, 8, count)
+
+
+def test_recipes_that_need_colours_say_so():
+    for name in ("moco_v1", "moco_v2", "moco_v3", "insdis", "quickstart", "cmc", "deit"):
+        RECIPES[name]().require_channels(3)
+        with pytest.raises(UsageError, match="take images of 3 channels. Received: 4 channels"):
+            RECIPES[name]().require_channels(4)
+    for name in ("eval", "train_linear", "transfer"):
+        RECIPES[name]().require_channels(7)
+    with pytest.raises(UsageError, match="images of 4 channels. Received: 3"):
+        RECIPES["channels"](**RGB_D).require_channels(3)
+    for options in ({}, dict(mean=(0.5, 0.5), std=(0.2,))):
+        with pytest.raises(UsageError, match="need views.mean and views.std, a number for each channel"):
+            RECIPES["channels"](**options)

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from moco_tf.backbones.resnet import resnet
-from moco_tf.heads import HEADS, encoder, mlp, predictor
+from moco_tf.heads import HEADS, encoder, linear, mlp, parts, predictor
 from moco_tf.normalization import BatchNorm
 
 keras = tf.keras
@@ -123,3 +123,15 @@ def test_encoder_is_flat_with_the_names_of_its_layers():
     assert model.output_shape == (None, 8)
     names = [layer.name for layer in backbone.layers]
     assert [layer.name for layer in model.layers] == [*names, "fc.0", "fc.1", "fc.2"]
+
+
+def test_parts_of_an_encoder_share_its_weights():
+    images = keras.Input((4, 4, 3))
+    backbone = keras.Model(images, keras.layers.GlobalAveragePooling2D(name="features")(images))
+    model = encoder(backbone, lambda features: linear(features, dim=2))
+    split, x = parts(model), np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
+    assert list(split) == ["backbone", "embedding"]
+    np.testing.assert_allclose(split["backbone"](x), x.mean(axis=(1, 2)), rtol=1e-5, atol=1e-6)
+    model.get_layer("fc").kernel.assign(np.eye(3, 2))
+    model.get_layer("fc").bias.assign([1.0, 2.0])
+    np.testing.assert_allclose(split["embedding"](x), split["backbone"](x)[:, :2] + [1.0, 2.0], rtol=1e-5)

@@ -5,7 +5,7 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from moco_tf.evaluation import knn
-from moco_tf.evaluation.knn import knn_scores, nearest, view_retrieval
+from moco_tf.evaluation.knn import branch_retrieval, knn_scores, nearest, view_retrieval
 
 
 def unit_rows(seed, count, width=16):
@@ -75,3 +75,11 @@ def test_view_retrieval():
     half = rows.copy()
     half[:2] = half[1::-1]    # two of fifty are exchanged
     assert view_retrieval(rows, half) == pytest.approx(0.96)
+
+
+def test_branch_retrieval_is_the_mean_over_pairs_of_branches():
+    """Each branch has rows of its own norm; the second one is as the first, and the third finds nothing."""
+    rows = unit_rows(0, 50)
+    assert branch_retrieval(np.concatenate([rows, 3 * rows], axis=1), 2) == 1
+    three = np.concatenate([rows, 3 * rows, 0.1 * rows[::-1]], axis=1)
+    assert branch_retrieval(three, 3) == pytest.approx(1 / 3)

@@ -80,6 +80,27 @@ def test_a_saved_model_is_probed_on_two_replicas_as_its_run_is(encoder, probe, t
     assert ours["backbone_unchanged"] and abs(ours["top1"] - expected["top1"]) < 0.01
 
 
+def test_layers_are_probed_one_after_the_other(encoder):
+    """Any ResNet's: the last numbered layer is the features that the other recipes probe."""
+    done = moco_tf("linear", f"--encoder={encoder}", "--config=linear_cmc_r50", "--layers=1,6", *SHORT)
+    assert done.returncode == 0, done.stderr
+    widths = {1: 8 * 8 * 4, 6: 32}    # the stem's 4 channels of 8 x 8 pixels, and the features
+    for layer, width in widths.items():
+        workdir = encoder / "linear_cmc_r50" / f"layer{layer}"
+        results = json.loads((workdir / "results.json").read_text())
+        assert results["backbone_unchanged"] and results["steps"] == 68 and results["top1"] > 0.2
+        assert f"layer {layer}, features of {width} values" in done.stdout and f"is in {workdir}" in done.stdout
+        assert final_state(workdir)["method/classifier/kernel/.ATTRIBUTES/VARIABLE_VALUE"].shape == (width, 10)
+
+
+def test_the_layer_of_the_config_is_probed_fast_too(encoder, tmp_path):
+    done = moco_tf("linear", "--fast", f"--encoder={encoder}", "--config=linear_cmc_r50", "--config.layer=5", *SHORT,
+                   "--config.fast.epochs=2", f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["dim"] == 32 and results["encoder"].endswith("layer 5")    # one pixel is left of 8
+
+
 def test_an_encoder_that_changed_is_noticed(encoder, probe, tmp_path):
     shutil.copytree(encoder, tmp_path / "encoder")
     begun = tmp_path / "encoder" / "linear_v1v2"
@@ -128,6 +149,7 @@ def test_bad_input_is_refused_in_one_line(encoder, tmp_path):
     config["backbone"]["depth"] = 34
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
     assert "step-40" in fails(3, f"--encoder={tmp_path / 'other'}")
+    assert "--layers belongs to recipes" in fails(2, f"--encoder={encoder}", "--layers=3")
     assert "even" in fails(2, f"--encoder={encoder}", "--config=finetune_vit_base", "--config.batch_size=63",
                            command="finetune")
     assert "matches none" in fails(2, "--encoder=random:moco_v3_vit_tiny_quickstart", "--config=finetune_vit_base",

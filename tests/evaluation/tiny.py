@@ -5,7 +5,8 @@ import tensorflow as tf
 from PIL import Image
 
 from moco_tf import config as configs
-from moco_tf.evaluation.encoders import Encoder, parts
+from moco_tf.evaluation.encoders import Encoder
+from moco_tf.heads import parts
 from moco_tf.train import normalizer
 from moco_tf.views.recipes import RECIPES
 

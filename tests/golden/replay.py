@@ -12,9 +12,11 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
+from ml_collections import ConfigDict
 
 from moco_tf.backbones import BACKBONES
 from moco_tf.backbones.alexnet import NUMBERED_LAYERS
+from moco_tf.backbones.branches import branched_backbone, branched_head
 from moco_tf.backbones.resnet import BLOCKS, numbered_layers
 from moco_tf.export.torch_weights import load_into, state_dict
 from moco_tf.heads import HEADS, encoder, predictor
@@ -94,22 +96,45 @@ def strategy_of(replicas):
                                           cross_device_ops=tf.distribute.ReductionToOneDevice())
 
 
-def build_encoder(settings, bn_group_size=None, positions=None, branch=0):
+def build_encoder(settings, bn_group_size=None, positions=None):
     """The encoder of a run, or its backbone where it has no head, with the weights of the rule.
 
     `positions`: the reference's position embedding for a vision transformer, (1 + patches, D); None: our own.
-    `branch`: the number of the view, where each has an encoder of its own.
     """
-    model = _backbone(settings, bn_group_size, branch)
-    head = settings["head"]
-    if head:
-        model = encoder(model, lambda features: _head(features, head, bn_group_size))
+    def backbone(channels):
+        return _backbone(settings, bn_group_size, channels)
+
+    def attach(features):
+        return _head(features, settings["head"], bn_group_size)
+
+    branches, head = branches_of(settings), settings["head"]
+    if branches:
+        model = branched_backbone(branches, backbone, settings["image_size"])
+        model = encoder(model, lambda features: branched_head(branches, attach, features))
+    else:
+        model = backbone(len(settings["branches"][0]["channels"]))
+        model = encoder(model, attach) if head else model
     if positions is not None:
         model.get_layer("tokens").pos_embed.assign(positions[None])
     # MoCo v3 calls a ResNet's projector `fc`, a transformer's `head`, and CMC an AlexNet's `fc8.0`; here all are `fc`.
     head_name = re.sub(r"^(fc|head)\..*", r"\1", head["modules"][0]["name"]) if head else "fc"
-    prefix = settings["branches"][branch]["prefix"]
-    return _with_weights(model, settings, lambda name: prefix + re.sub(r"^fc\b", head_name, name))
+    return _with_weights(model, settings, lambda name: re.sub(r"^(\w+\.)?fc\b", rf"\g<1>{head_name}", name))
+
+
+def branches_of(settings):
+    """((name, channels), ...) of a run with an encoder for each view, as in a config; () for one of all channels."""
+    branches = settings["branches"]
+    assert sum((branch["channels"] for branch in branches), []) == list(range(3))    # in the order of the image
+    if len(branches) == 1:
+        return ()
+    return tuple((branch["prefix"][:-len(".")], len(branch["channels"])) for branch in branches)
+
+
+def config_of(settings):
+    """What a config says of the encoder."""
+    backbone = settings["backbone"]
+    depth = dict(depth=_depth(backbone)) if backbone["family"] == "resnet" else {}
+    return ConfigDict(dict(backbone=dict(name=backbone["family"], **depth), branches=branches_of(settings)))
 
 
 def build_predictor(settings, bn_group_size=None):
@@ -128,10 +153,9 @@ def layer_names(settings):
     return {f"layer{number}": name for number, name in names.items()}
 
 
-def _backbone(settings, bn_group_size, branch):
+def _backbone(settings, bn_group_size, channels):
     backbone = settings["backbone"]
-    common = dict(bn_group_size=bn_group_size, size=settings["image_size"],
-                  channels=len(settings["branches"][branch]["channels"]))
+    common = dict(bn_group_size=bn_group_size, size=settings["image_size"], channels=channels)
     if backbone["family"] == "alexnet":
         return BACKBONES["alexnet"](**common)
     if backbone["family"] == "vit":

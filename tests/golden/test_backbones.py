@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from moco_tf.evaluation.pooling import adaptive_pool
+from moco_tf import config as configs
+from moco_tf.evaluation.encoders import Encoder
+from moco_tf.evaluation.layers import at_layer
+from moco_tf.heads import parts
 from moco_tf.losses import unit
 
 from . import replay, weights
@@ -36,8 +39,7 @@ def test_encoder(run, tag):
     assert "%08x" % zlib.crc32(images.tobytes()) == settings["inputs_crc32"]
     stages = settings["stages"] if tag == "f32" else []    # stored in float32 only
     with replay.precision(tag):
-        views = {branch["view"]: _layers(settings, number, images[..., branch["channels"]], stages)
-                 for number, branch in enumerate(settings["branches"])}
+        views, probed = _layers(settings, images, stages)
 
     first = views[settings["branches"][0]["view"]]
     for stage in stages:
@@ -52,7 +54,7 @@ def test_encoder(run, tag):
         assert value.dtype == replay.DTYPES[tag]
         replay.check(run, tag, value[:, :wanted["first"]], run[f"{tag}/{key}"], key)
     for probe in settings["probes"]:
-        scores = _probe(probe, tf.concat([layers[probe["layer"]] for layers in views.values()], -1), settings["seed"])
+        scores = _scores(probe, probed[probe["key"]], settings["seed"])
         replay.check(run, tag, scores, run[f"{tag}/{probe['key']}"], probe["key"])
     if settings["position_rows"]:
         np.testing.assert_allclose(first["positions"], run["pos_embed"], rtol=0, atol=1e-6)
@@ -62,32 +64,42 @@ REDUCED = {None: lambda x: x, "spatial_mean": lambda x: tf.reduce_mean(x, axis=(
            "flatten_nhwc": lambda x: tf.reshape(x, [len(x), -1])}
 
 
-def _layers(settings, branch, images, stages):
-    """What one encoder makes of its channels: {a layer as the run's outputs and stages call it: value}."""
-    training = settings["mode"] == "train"
-    model = replay.build_encoder(settings, branch=branch)
-    names = {"pooled": "features", **replay.layer_names(settings),
-             **{f"stage {stage}": _stage_output(model, stage) for stage in stages}}
-    values = keras.Model(model.input, [model.output, *(model.get_layer(name).output for name in names.values())])(
-        images, training=training)
-    layers = dict(zip(["head", *names], values))
-    if settings["head"]:    # the layer behind the numbered ones, with the model's own norm where it has one
-        last = unit(layers["head"]) if settings["head"].get("normalize") else layers["head"]
-        layers[f"layer{1 + len(replay.layer_names(settings))}"] = last
+def _layers(settings, images, stages):
+    """What an encoder makes of images.
+
+    Returns:
+        ({view: {a layer as the run's outputs and stages call it: value}}, {key of a probe: features of its layer}).
+    """
+    training, numbered = settings["mode"] == "train", replay.layer_names(settings)
+    model = replay.build_encoder(settings)
+    names = {"pooled": "features", **numbered, **{f"stage {stage}": _stage_output(model, stage) for stage in stages}}
+    prefixes = [f"{name}." for name, _ in replay.branches_of(settings)] or [""]
+    views = {branch["view"]: {key: model.get_layer(prefix + name).output for key, name in names.items()}
+             for branch, prefix in zip(settings["branches"], prefixes)}
+    probed = {probe["key"]: _probed(settings, model, probe) for probe in settings["probes"]}
+    whole, views, probed = keras.Model(model.input, [model.output, views, probed])(images, training=training)
+    for branch, head in zip(settings["branches"], tf.split(whole, len(views), axis=1)):
+        layers = views[branch["view"]]
+        layers["head"] = head
+        if settings["head"]:    # the layer behind the numbered ones, with the model's own norm where it has one
+            layers[f"layer{1 + len(numbered)}"] = unit(head) if settings["head"].get("normalize") else head
+    first = views[settings["branches"][0]["view"]]
     if settings["predictor"]:
-        layers["predictor"] = replay.build_predictor(settings)(layers["head"], training=training)
+        first["predictor"] = replay.build_predictor(settings)(first["head"], training=training)
     if settings["position_rows"]:
-        layers["positions"] = model.get_layer("tokens").pos_embed.numpy()[0, settings["position_rows"]]
-    return layers
+        first["positions"] = model.get_layer("tokens").pos_embed.numpy()[0, settings["position_rows"]]
+    return views, probed
 
 
-def _probe(probe, features, seed):
-    """Scores of a linear probe with the rule's weights on features of all views, which it flattens channels first."""
-    if probe["pool"]:
-        features = adaptive_pool(features, probe["pool_size"], probe["pool"])
-    if features.shape.rank == 4:
-        features = tf.transpose(features, [0, 3, 1, 2])
-    features = tf.reshape(features, [len(features), probe["in_features"]])
+def _probed(settings, model, probe):
+    """The features that a linear probe of a layer trains on, pooled as our recipe has it."""
+    recipe = {"alexnet": "linear_cmc", "resnet": "linear_cmc_r50"}[settings["backbone"]["family"]]
+    opened = Encoder("golden", "", parts(model), None, settings["image_size"], replay.config_of(settings))
+    return at_layer(opened, int(probe["layer"][len("layer"):]), **configs.load(recipe).pool).models["backbone"].output
+
+
+def _scores(probe, features, seed):
+    """Scores of a linear probe with the rule's weights."""
     shapes = {"weight": (probe["classes"], probe["in_features"]), "bias": (probe["classes"],)}
     weight, bias = (tf.cast(weights.param(f"{probe['name']}.{part}", shape, seed), features.dtype)
                     for part, shape in shapes.items())

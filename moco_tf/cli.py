@@ -291,7 +291,7 @@ def convert(argv):
     moco-tf convert deit_small.pth runs/imported --allow_probe --heads=6
     """
     values = _flags()
-    flags.DEFINE_enum("layout", "official", ["official", "torchvision", "deit", "detectron2"],
+    flags.DEFINE_enum("layout", "official", ["official", "cmc", "torchvision", "deit", "detectron2"],
                       "Names in the file written.", flag_values=values)
     flags.DEFINE_bool("allow_probe", False, "Take the backbone of a file that holds no pre-training: a linear probe's, "
                       "or a plain network's.", flag_values=values)

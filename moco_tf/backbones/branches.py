@@ -29,7 +29,7 @@ def branched_backbone(branches, build, size=None):
     images = keras.Input((size, size, sum(count for _, count in branches)), name="images")
     features, first = [], 0
     for name, count in branches:
-        features.append(under_name(name, build(count), images[..., first:first + count]))
+        features.append(under_name(name, build(count), images[:, :, :, first:first + count]))
         first += count
     return keras.Model(images, keras.layers.Concatenate(name="features")(features), name="branches")
 

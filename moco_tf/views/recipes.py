@@ -164,13 +164,16 @@ def moco_v2(size=224, crop_min=0.2, xla=True):
     return _alike(view, IMAGENET, xla)
 
 
-def insdis(size=224, crop_min=0.2, xla=True):
-    """Instance discrimination (arXiv:1805.01978 and its code): v1's stages, and one view that is the query."""
+def insdis(size=224, crop_min=0.2, names=("query",), xla=True):
+    """Instance discrimination (arXiv:1805.01978 and its code): v1's stages, and one view, the query.
+
+    `names`: ("image",) for a linear probe on such views.
+    """
     view = View(size, ops.random_crop(size, (crop_min, 1.0)), [
         ops.random_grayscale(0.2),
         ops.random_jitter(0.4, 0.4, 0.4, 0.4),
         ops.random_flip(0.5)], xla)
-    return Recipe({"query": view}, **IMAGENET, xla=xla)
+    return Recipe(dict.fromkeys(names, view), **IMAGENET, xla=xla)
 
 
 def insdis_cifar(size=32, crop_min=0.2, xla=True):

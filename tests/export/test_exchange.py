@@ -119,7 +119,7 @@ def test_a_v3_workdir_to_official_layout_to_workdir_is_bit_identical(tmp_path, r
     source = v3_workdir(str(tmp_path / "run"), recipe)
     exchange(source, str(tmp_path / name))
     exchange(str(tmp_path / name), str(tmp_path / "imported"), heads=heads)
-    assert "MoCo v3 pre-training checkpoint" in capsys.readouterr().out
+    assert "pre-training checkpoint of MoCo v3" in capsys.readouterr().out
     for ours, theirs in zip(v3_contents(str(tmp_path / "imported")), v3_contents(source)):
         np.testing.assert_array_equal(ours, theirs)
 

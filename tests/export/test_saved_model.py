@@ -1,7 +1,7 @@
 """`moco-tf export`: what is loaded elsewhere computes what the run's encoder does, learns, and is there whole or not.
 
-Most tests look at what one process without moco_tf found with the exports of a ResNet and of a vision transformer
-(use_export.py).
+Most tests look at what one process without moco_tf found with the exports of a ResNet, of a vision transformer and of
+CMC's two ResNets (use_export.py).
 """
 
 import io
@@ -23,14 +23,16 @@ from moco_tf.cli import main
 from moco_tf.data.pipeline import evaluation_batches
 from moco_tf.data.sources import open_source
 from moco_tf.errors import DataError, UsageError
+from moco_tf.evaluation.classifier import FineTuning
 from moco_tf.evaluation.encoders import METADATA, open_encoder
 from moco_tf.export import saved_model
 from moco_tf.export.exchange import exchange
 from moco_tf.export.saved_model import export
-from moco_tf.train import build_method, evaluation_recipe, open_workdir
+from moco_tf.train import build_method, compile_method, evaluation_recipe, open_workdir
 
 ALL = ("saved_model", "keras", "weights", "tflite")
 BATCH = 6
+SIDES = {"resnet": 32, "vit": 28, "cmc": 64}
 
 
 def make_run(path, name, **values):
@@ -38,7 +40,7 @@ def make_run(path, name, **values):
     config = configs.override(configs.load(name), **values)
     method = build_method(config, steps_per_epoch=10)
     rng = np.random.default_rng(0)
-    for model in (method.encoder, method.key_encoder):
+    for model in (method.encoder, getattr(method, "key_encoder", method.encoder)):
         model.set_weights([np.abs(w + 0.1 * rng.normal(size=w.shape)) if w.ndim == 1 else
                            w * (1.0 + 0.1 * rng.normal(size=w.shape)) for w in model.get_weights()])
     open_workdir(config, path)
@@ -77,9 +79,27 @@ def vit(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def facts(resnet, vit):
-    """Of the exports of both, into the workdirs."""
-    return {"resnet": export(resnet, formats=ALL), "vit": export(vit, formats=ALL)}
+def cmc(photos, tmp_path_factory):
+    return make_run(str(tmp_path_factory.mktemp("cmc") / "run"), "cmc_r50_v1", **{
+        "views.size": 64, "backbone.depth": 18, "backbone.width": 0.125, "backbone.stem_channels": 16,
+        "method.bank_size": 10, "method.num_negatives": 5, "bn_group_size": BATCH, "data.path": photos})
+
+
+@pytest.fixture(scope="module")
+def facts(resnet, vit, cmc):
+    """Of the exports of all, into the workdirs."""
+    return {name: export(path, formats=ALL) for name, path in (("resnet", resnet), ("vit", vit), ("cmc", cmc))}
+
+
+def normalised_lab(rgb):
+    """CMC's input from RGB in [0, 1], in float64."""
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    xyz = linear @ np.transpose([(0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169),
+                                 (0.019334, 0.119193, 0.950227)])
+    x, y, z = np.moveaxis(xyz / (0.95047, 1.0, 1.08883), -1, 0)
+    x, y, z = (np.where(t > 0.008856, np.cbrt(t), 7.787 * t + 16 / 116) for t in (x, y, z))
+    lab = np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], -1)
+    return ((lab - (50, 6.025, -6.6895)) / (50, 92.208, 101.1675)).astype(np.float32)
 
 
 def small_images():
@@ -93,17 +113,19 @@ def small_images():
 
 
 @pytest.fixture(scope="module")
-def inputs(resnet, vit, photos):
+def inputs(resnet, vit, cmc, photos):
     rng = np.random.default_rng(1)
-    levels = {"resnet": rng.integers(0, 256, (BATCH, 32, 32, 3)), "vit": rng.integers(0, 256, (BATCH, 28, 28, 3))}
+    levels = {name: rng.integers(0, 256, (BATCH, side, side, 3)) for name, side in SIDES.items()}
     contents = [path.read_bytes() for path in sorted(pathlib.Path(photos).iterdir())]
     return {
-        "resnet": f"{resnet}/export", "vit": f"{vit}/export", "levels": levels,
+        "resnet": f"{resnet}/export", "vit": f"{vit}/export", "cmc": f"{cmc}/export", "levels": levels,
         **{f"{name}_images": (value / 255).astype(np.float32) for name, value in levels.items()},
-        "resnet_bytes": np.array(contents), "vit_bytes": np.array(small_images()),
+        "resnet_bytes": np.array(contents), "vit_bytes": np.array(small_images()), "cmc_bytes": np.array(contents),
+        "cmc_lab": normalised_lab(levels["cmc"] / 255),
         "wide": rng.uniform(size=(2, 64, 96, 3)).astype(np.float32),
         "resnet_target": rng.normal(size=(BATCH, 32)).astype(np.float32),
         "vit_target": rng.normal(size=(BATCH, 24)).astype(np.float32),
+        "cmc_target": rng.normal(size=(BATCH, 128)).astype(np.float32),
         "mean": np.full(3, 0.286), "std": np.full(3, 0.353)}
 
 
@@ -120,14 +142,14 @@ def found(facts, inputs, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def encoders(resnet, vit):
-    return {"resnet": open_encoder(resnet), "vit": open_encoder(vit)}
+def encoders(resnet, vit, cmc):
+    return {"resnet": open_encoder(resnet), "vit": open_encoder(vit), "cmc": open_encoder(cmc)}
 
 
-BOTH = pytest.mark.parametrize("name", ["resnet", "vit"])
+EACH = pytest.mark.parametrize("name", SIDES)
 
 
-@BOTH
+@EACH
 def test_the_export_computes_what_the_run_s_encoder_computes(name, encoders, inputs, found):
     levels = inputs["levels"][name].astype(np.uint8)
     expected = encoders[name].rows(levels).numpy()
@@ -137,10 +159,10 @@ def test_the_export_computes_what_the_run_s_encoder_computes(name, encoders, inp
     np.testing.assert_allclose(found[f"{name}_embedding"], encoders[name].rows(levels, "embedding").numpy(), atol=1e-5)
 
 
-@BOTH
+@EACH
 def test_encoded_images_are_seen_as_evaluation_sees_them(name, encoders, photos, found):
     """Files of other sizes by the 256 to 224 rule; small images, where a run's data are such, as a whole."""
-    source = open_source("folder", photos) if name == "resnet" else open_source("embedded", split="val")
+    source = open_source("embedded", split="val") if name == "vit" else open_source("folder", photos)
     batches = evaluation_batches(source, evaluation_recipe(encoders[name].size, source), 2)
     count = len(found[f"{name}_serving"])
     rows = [encoders[name].rows(views["image"])[real] for views, _, _, real in batches.take((count + 1) // 2)]
@@ -171,7 +193,7 @@ def test_tokens_are_the_class_token_and_the_patches_in_place(found, encoders, in
     np.testing.assert_allclose(patches[:, 2, 1], expected[:, 4 * 2 + 1], atol=1e-5)    # row by row
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("training", [False, True])
 def test_a_gradient_step_changes_all_variables_and_lowers_the_loss(name, training, found):
     assert found[f"{name}_changed_{training}"].all() and len(found[f"{name}_changed_{training}"]) > 20
@@ -208,7 +230,7 @@ def test_the_backbone_loads_as_a_keras_model_of_plain_layers(found, encoders, in
     assert all(hasattr(tf.keras.layers, name) for name in found["keras_layers"])
 
 
-@BOTH
+@EACH
 def test_tflite_is_close_and_takes_any_batch(name, found, facts):
     """Half precision keeps eleven bits of each weight; a few parts in a thousand of the largest feature are left."""
     expected = found[f"{name}_features"]
@@ -216,6 +238,42 @@ def test_tflite_is_close_and_takes_any_batch(name, found, facts):
     np.testing.assert_allclose(found[f"{name}_lite_{BATCH}"], expected, atol=bound)
     np.testing.assert_allclose(found[f"{name}_lite_1"], expected[:1], atol=bound)
     assert facts[name]["formats"]["tflite"]["bytes"] < 0.7 * facts[name]["formats"]["weights"]["bytes"]
+
+
+# ---------------------------------------------------------------------------------------------- CMC
+
+def test_a_colour_space_is_entered_without_rounding_and_the_halves_are_joined(cmc, encoders, inputs, found):
+    backbone = encoders["cmc"].models["backbone"]
+    np.testing.assert_allclose(found["cmc_features"], backbone(inputs["cmc_lab"], training=False), atol=1e-4)
+    between = np.random.default_rng(3).uniform(size=(2, 64, 64, 3)).astype(np.float32)    # no whole levels
+    np.testing.assert_allclose(tf.saved_model.load(f"{cmc}/export")(between),
+                               backbone(normalised_lab(between.astype(np.float64)), training=False), atol=1e-4)
+    halves = [found["cmc_l_to_ab_features"], found["cmc_ab_to_l_features"]]
+    np.testing.assert_array_equal(np.concatenate(halves, axis=1), found["cmc_features"])
+    assert found["cmc_C2"].shape == (BATCH, 16, 16, 16) and found["cmc_C5"].shape == (BATCH, 2, 2, 128)
+    np.testing.assert_allclose(found["cmc_C5"].mean((1, 2)), found["cmc_features"], atol=1e-5)
+
+
+def test_a_half_sees_its_own_channels_only(cmc, facts, inputs):
+    """Grey images of three levels differ in luminance and in nothing else."""
+    half = tf.saved_model.load(f"{cmc}/export").signatures
+    grey = np.repeat(np.linspace(0.2, 0.8, 3)[:, None, None, None], 64, 1).repeat(64, 2).repeat(3, 3).astype(np.float32)
+    spreads = {name: np.std(half[name](images=tf.constant(grey))["features"], axis=0).max()
+               for name in ("l_to_ab", "ab_to_l")}
+    assert spreads["l_to_ab"] > 1e-2 and spreads["ab_to_l"] < 1e-3
+
+
+def test_the_keras_file_takes_images_in_the_colour_space(found):
+    np.testing.assert_allclose(found["cmc_keras"], found["cmc_features"], atol=1e-4)
+    assert all(hasattr(tf.keras.layers, name) or name == "SlicingOpLambda" for name in found["cmc_keras_layers"])
+
+
+def test_the_metadata_say_which_colour_space(facts):
+    told = facts["cmc"]["preprocessing"]
+    assert told["input"] == "RGB in [0, 1]" and told["space"] == "Lab"
+    assert told["mean"] == [50, 6.025, -6.6895] and told["std"] == [50, 92.208, 101.1675]
+    assert set(facts["cmc"]["signatures"]) == {
+        "features", "embedding", "pyramid", "l_to_ab", "ab_to_l", "serving_bytes"}
 
 
 # ---------------------------------------------------------------------------------------------- what is said
@@ -228,7 +286,7 @@ def test_the_metadata_say_where_it_is_from_and_what_it_takes(facts, resnet, vit,
     assert written["widths"] == {"features": 32, "embedding": 16}
     assert written["preprocessing"] == {
         "input": "RGB in [0, 1]", "size": 32, "shorter_side": 36, "whole_up_to": 0,
-        "interpolation": "bilinear, antialiased", "mean": [0.286] * 3, "std": [0.353] * 3}
+        "interpolation": "bilinear, antialiased", "space": None, "mean": [0.286] * 3, "std": [0.353] * 3}
     assert facts["vit"]["preprocessing"]["shorter_side"] == 32 and facts["vit"]["preprocessing"]["whole_up_to"] == 28
     np.testing.assert_allclose(found["vit_constants"], [28, 32, 0.286, 0.286, 0.286], rtol=1e-6)
     assert written["signatures"]["pyramid"] == {
@@ -291,6 +349,31 @@ def test_a_file_of_weights_is_exported_as_the_run_is(resnet, encoders, tmp_path,
     with pytest.raises(UsageError, match="must hold a key encoder"):
         export(backbone, str(tmp_path / "none"), side="key")
     assert not os.path.exists(tmp_path / "none")
+
+
+def test_a_fine_tuned_backbone_is_opened_and_exported_as_it_became(resnet, encoders, inputs, tmp_path):
+    path, images = str(tmp_path / "run"), inputs["levels"]["resnet"].astype(np.uint8)
+    config = configs.override(configs.load("finetune_quickstart"), **{
+        "encoder": resnet, "views.size": 32, "data.name": "folder", "data.path": "nowhere"})
+    begun = open_encoder(resnet)
+    method = FineTuning(begun.models["backbone"], num_classes=3)
+    method.build_on(begun.width)
+    compile_method(method, config, steps_per_epoch=1)
+    for variable in method.encoder.trainable_variables:
+        variable.assign(1.5 * variable)
+    open_workdir(config, path)
+    with pytest.raises(UsageError, match="0 checkpoints"):
+        open_encoder(path)
+    Checkpoints(method, f"{path}/checkpoints").save(7)
+    tuned = open_encoder(path)
+    np.testing.assert_array_equal(tuned.rows(images), begun.rows(images))
+    assert np.abs(tuned.rows(images) - encoders["resnet"].rows(images)).max() > 0.1
+    assert tuned.step == 7 and set(tuned.models) == {"backbone"}
+    export(path)
+    np.testing.assert_allclose(tf.saved_model.load(f"{path}/export")(tf.constant(inputs["resnet_images"])),
+                               begun.rows(images), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match="side key"):
+        open_encoder(path, side="key")
 
 
 # ---------------------------------------------------------------------------------------------- whole or not at all

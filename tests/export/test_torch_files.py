@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 import resource
 import signal
 import sys
@@ -17,63 +18,14 @@ from moco_tf.backbones.resnet import BLOCKS, resnet
 from moco_tf.backbones.vit import vit
 from moco_tf.errors import DataError
 from moco_tf.export import torch_weights
+from moco_tf.export.exchange import exchange
+from moco_tf.export.torch_files import read_state_dict
 from moco_tf.heads import encoder, linear, mlp, predictor, projector
 from moco_tf.methods.moco import MoCo
 from moco_tf.methods.moco_v3 import MoCoV3
+from twins import ResNet, spread
 
 pytestmark = pytest.mark.torch
-
-
-class Block(torch.nn.Module):
-    """A residual block with the attributes of torchvision's, basic or bottleneck by `kernels`."""
-
-    def __init__(self, inputs, widths, kernels, stride, groups):
-        super().__init__()
-        self.depth = len(kernels)
-        strided = kernels.index(3)
-        for i, kernel in enumerate(kernels):
-            conv = torch.nn.Conv2d(
-                ([inputs] + widths)[i], widths[i], kernel, stride if i == strided else 1, kernel // 2,
-                groups=groups if kernel == 3 and len(kernels) == 3 else 1, bias=False)
-            setattr(self, f"conv{i + 1}", conv)
-            setattr(self, f"bn{i + 1}", torch.nn.BatchNorm2d(widths[i]))
-        self.downsample = None
-        if stride > 1 or inputs != widths[-1]:
-            self.downsample = torch.nn.Sequential(
-                torch.nn.Conv2d(inputs, widths[-1], 1, stride, bias=False), torch.nn.BatchNorm2d(widths[-1]))
-
-    def forward(self, x):
-        y = x
-        for i in range(1, self.depth + 1):
-            y = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(y))
-            y = torch.relu(y) if i < self.depth else y
-        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
-
-
-class ResNet(torch.nn.Module):
-    """The network of the papers, called like torchvision's."""
-
-    def __init__(self, block, layers, num_classes=1000, groups=1, width_per_group=64):
-        super().__init__()
-        self.conv1, self.bn1 = torch.nn.Conv2d(3, 64, 7, 2, 3, bias=False), torch.nn.BatchNorm2d(64)
-        self.maxpool = torch.nn.MaxPool2d(3, 2, 1)
-        channels = 64
-        for stage, blocks in enumerate(layers):
-            planes = 64 * 2 ** stage
-            inner = planes * width_per_group // 64 * groups
-            widths, kernels = ([planes] * 2, [3, 3]) if block == "basic" else ([inner, inner, 4 * planes], [1, 3, 1])
-            parts = []
-            for i in range(blocks):
-                parts.append(Block(channels, widths, kernels, 2 if stage and not i else 1, groups))
-                channels = widths[-1]
-            setattr(self, f"layer{stage + 1}", torch.nn.Sequential(*parts))
-        self.fc = torch.nn.Linear(channels, num_classes)
-
-    def forward(self, x):
-        x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-        return self.fc(x.mean((2, 3)))
 
 
 def network(depth, **arguments):
@@ -170,14 +122,6 @@ class OfficialV3(torch.nn.Module):
         spread(self)
 
 
-def spread(module):
-    """Gives vectors and statistics values of their own: (0, 1) would hide a mix-up."""
-    generator = torch.Generator().manual_seed(0)
-    for value in module.state_dict().values():
-        if value.dtype == torch.float32 and value.ndim == 1:
-            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
-
-
 def method_v3(family):
     if family == "resnet":
         backbone, layers = resnet(depth=18, size=64), 2
@@ -222,7 +166,7 @@ def test_official_files_come_in_and_go_out(tmp_path, head, legacy):
     theirs = Official(18, 16, 8, hidden=head is mlp)
     ours = method(head=head)
     source = save(tmp_path / "in.pth.tar", theirs, legacy)
-    torch_weights.restore(ours, torch_weights.parse(torch_weights.read_state_dict(source)))
+    torch_weights.restore(ours, torch_weights.parse(read_state_dict(source)))
     np.testing.assert_array_equal(ours.queue.keys, theirs.queue.numpy().T)
     assert int(ours.queue.pointer) == 4
 
@@ -249,7 +193,7 @@ def test_official_v3_files_come_in_compute_the_same_and_go_out(tmp_path, family)
     torch.manual_seed(0)
     theirs, ours = OfficialV3(family), method_v3(family)
     source = save(tmp_path / "in.pth.tar", theirs)
-    checkpoint = torch_weights.parse(torch_weights.read_state_dict(source), heads=0 if family == "resnet" else 3)
+    checkpoint = torch_weights.parse(read_state_dict(source), heads=0 if family == "resnet" else 3)
     assert torch_weights.fit(checkpoint).complete
     torch_weights.restore(ours, checkpoint)
     for ours_is, theirs_is in ((ours.encoder, theirs.base_encoder), (ours.key_encoder, theirs.momentum_encoder)):
@@ -274,7 +218,7 @@ def test_a_deit_file_with_its_options_comes_in_and_goes_out(tmp_path):
     theirs = VisionTransformer(48, 2, 6, patch=8, head=torch.nn.Linear(48, 10))
     source, target = str(tmp_path / "checkpoint.pth"), str(tmp_path / "out.pth")
     torch.save({"model": theirs.state_dict(), "args": argparse.Namespace(lr=1e-3), "epoch": 299, "scaler": {}}, source)
-    checkpoint = torch_weights.parse(torch_weights.read_state_dict(source), heads=6)
+    checkpoint = torch_weights.parse(read_state_dict(source), heads=6)
     assert checkpoint.kind == "probe" and torch_weights.fit(checkpoint).complete
     ours = vit(dim=48, depth=2, heads=6, patch=8, size=64)
     torch_weights.load_backbone(ours, checkpoint, allow_probe=True)
@@ -292,7 +236,7 @@ def test_a_deit_file_with_its_options_comes_in_and_goes_out(tmp_path):
 
 def test_a_linear_probe_of_v3_comes_in(tmp_path):
     probe = VisionTransformer(48, 2, 3, head=torch.nn.Linear(48, 10))
-    checkpoint = torch_weights.parse(torch_weights.read_state_dict(save(tmp_path / "in.pth.tar", probe)), heads=3)
+    checkpoint = torch_weights.parse(read_state_dict(save(tmp_path / "in.pth.tar", probe)), heads=3)
     assert checkpoint.kind == "probe"
     torch_weights.write(str(tmp_path / "out.pth.tar"), checkpoint, "official")
     state = torch.load(str(tmp_path / "out.pth.tar"), weights_only=True)["state_dict"]
@@ -311,9 +255,9 @@ def test_vision_transformers_are_not_compared_with_torchvision():
 def test_files_convert_without_loss(tmp_path, layout, target):
     source = save(tmp_path / "in.pth.tar", Official(18, 16, 8, hidden=False))
     path = str(tmp_path / target)
-    before, report = torch_weights.convert(source, path, layout)
-    assert report.complete and len(report.matched) == 20 + 20 * 4 + 2
-    state = torch_weights.read_state_dict(path)
+    exchange(source, path, layout)
+    before = torch_weights.parse(read_state_dict(source))
+    state = read_state_dict(path)
     expected = torch_weights.LAYOUTS[layout](before)
     assert set(state) == set(expected)
     for name in expected:
@@ -326,7 +270,7 @@ def test_half_precision_files_come_in(tmp_path):
     for dtype in (torch.float16, torch.bfloat16):
         path = str(tmp_path / "half.pth")
         torch.save({"x": torch.arange(5).to(dtype)}, path)
-        np.testing.assert_array_equal(torch_weights.read_state_dict(path)["x"], np.arange(5))
+        np.testing.assert_array_equal(read_state_dict(path)["x"], np.arange(5))
 
 
 class Attack:
@@ -344,7 +288,7 @@ def test_a_malicious_file_is_refused_and_not_executed(tmp_path, write):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=write == "torch")
     with pytest.raises(DataError) as caught:
-        torch_weights.convert(str(path), str(tmp_path / "out.pth"), "torchvision")
+        exchange(str(path), str(tmp_path / "out.pth"), "torchvision")
     assert "\n" not in str(caught.value) and "runs no code" in str(caught.value)
     assert write == "pickle" or "asks for posix.mkdir" in str(caught.value)
     assert os.listdir(tmp_path) == ["evil.pth"]
@@ -362,22 +306,24 @@ def test_a_truncated_file_is_refused(tmp_path, name, share):
     whole = path.read_bytes()
     path.write_bytes(whole[:int(len(whole) * share)])
     with pytest.raises(DataError) as caught:
-        torch_weights.convert(str(path), str(tmp_path / "out.pth"), "torchvision")
+        exchange(str(path), str(tmp_path / "out.pth"), "torchvision")
     assert "\n" not in str(caught.value) and "whole" in str(caught.value)
     assert os.listdir(tmp_path) == [name]
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda state: state.pop("module.encoder_q.bn1.bias"), "1 missing: bn1.bias"),
-    (lambda state: state.update({"module.encoder_k.more": torch.zeros(1)}), "1 unexpected: more"),
+    (lambda state: state.pop("module.encoder_q.bn1.bias"), "missing in the file +bn1.bias"),
+    (lambda state: state.update({"module.encoder_k.more": torch.zeros(1)}), "unexpected in the file +more"),
     (lambda state: state.pop("module.encoder_q.conv1.weight"), "ResNet-18, 34, 50"),
-    (lambda state: state.update({"module.encoder_q.layer3.1.bn1.bias": torch.zeros(3)}), r"layer3.1.bn1.bias \(3,\)")])
-def test_a_file_of_no_whole_resnet_is_refused(tmp_path, spoil, message):
+    (lambda state: state.update({"module.encoder_q.layer3.1.bn1.bias": torch.zeros(3)}),
+     r"layer3.1.bn1.bias: model \(256,\), file \(3,\)")])
+def test_a_file_of_no_whole_resnet_is_refused(tmp_path, spoil, message, capsys):
     state = {f"module.{name}": value for name, value in Official(18, 16, 8, hidden=False).state_dict().items()}
     spoil(state)
     torch.save({"state_dict": state}, tmp_path / "in.pth")
-    with pytest.raises(DataError, match=message):
-        torch_weights.convert(str(tmp_path / "in.pth"), str(tmp_path / "out.pth"), "torchvision")
+    with pytest.raises(DataError) as caught:
+        exchange(str(tmp_path / "in.pth"), str(tmp_path / "out.pth"), "torchvision")
+    assert re.search(message, f"{capsys.readouterr().out}{caught.value}")
     assert os.listdir(tmp_path) == ["in.pth"]
 
 
@@ -403,7 +349,7 @@ def test_a_file_without_weights_is_refused(tmp_path, content, message):
     path = str(tmp_path / "w.pth")
     torch.save(content, path)
     with pytest.raises(DataError, match=message):
-        torch_weights.read_state_dict(path)
+        read_state_dict(path)
 
 
 def test_the_difference_from_torchvision_is_measured_where_there_is_one(monkeypatch):
@@ -429,7 +375,7 @@ def test_an_insdis_file_with_its_options_is_read_and_starts_both_encoders(tmp_pa
              for name, value in torch_weights.state_dict(encoders[0]).items()}
     path = str(tmp_path / "ckpt_epoch_10.pth")
     torch.save({"opt": argparse.Namespace(nce_k=4096), "model": state, "epoch": 10}, path)
-    checkpoint = torch_weights.parse(torch_weights.read_state_dict(path))
+    checkpoint = torch_weights.parse(read_state_dict(path))
     assert checkpoint.kind == "pretraining" and checkpoint.queue is None and not checkpoint.key_encoder
     method = MoCo(encoders[1], dim=16, queue_size=32, temperature=0.1, momentum=0.9)
     torch_weights.restore(method, checkpoint)

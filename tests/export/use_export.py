@@ -43,7 +43,7 @@ def statistics(model):
     return [v.numpy() for v in model.variables if "moving_" in v.name]
 
 
-for name in ("resnet", "vit"):
+for name in ("resnet", "vit", "cmc"):
     loaded, images = load(name), tf.constant(given[f"{name}_images"])
     found[f"{name}_call"] = loaded(images).numpy()
     found[f"{name}_one"] = loaded(images[:1], training=False).numpy()
@@ -52,7 +52,9 @@ for name in ("resnet", "vit"):
     bytes_of = tf.constant([bytes(content) for content in given[f"{name}_bytes"]])
     found[f"{name}_serving"] = loaded.signatures["serving_bytes"](image_bytes=bytes_of)["features"].numpy()
     other = tf.constant(given["wide"]) if name == "resnet" else images
-    keep(name, loaded.signatures["pyramid" if name == "resnet" else "tokens"](images=other))
+    keep(name, loaded.signatures["tokens" if name == "vit" else "pyramid"](images=other))
+    for branch in ("l_to_ab", "ab_to_l") if name == "cmc" else ():
+        keep(f"{name}_{branch}", loaded.signatures[branch](images=images))
     found[f"{name}_constants"] = [loaded.size.numpy(), loaded.shorter_side.numpy(), *loaded.mean.numpy()]
 
     # A gradient step in each mode. In inference mode the moving statistics stay; otherwise they move.
@@ -91,8 +93,11 @@ found["keras_layers"] = sorted({type(layer).__name__ for layer in backbone.layer
 backbone.set_weights([0 * w for w in backbone.get_weights()])
 backbone.load_weights(f"{given['resnet']}/backbone.weights.h5")
 found["weights"] = backbone(normalised.astype(np.float32), training=False).numpy()
+backbone = tf.keras.models.load_model(f"{given['cmc']}/backbone.keras", compile=False)
+found["cmc_keras"] = backbone(given["cmc_lab"], training=False).numpy()
+found["cmc_keras_layers"] = sorted({type(layer).__name__ for layer in backbone.layers})
 
-for name in ("resnet", "vit"):
+for name in ("resnet", "vit", "cmc"):
     lite = tf.lite.Interpreter(f"{given[name]}/features.tflite")
     images = given[f"{name}_images"]
     place = lite.get_input_details()[0]["index"]

@@ -24,7 +24,12 @@ def adamw(rules, lr):
     return AdamW(lr, weight_decay=rules["weight_decay"], beta_1=beta_1, beta_2=beta_2, epsilon=rules["eps"])
 
 
-OPTIMIZERS = {"sgd": sgd, "lars": lars, "adamw": adamw}    # CMC's Adam is not here yet
+def adam(rules, lr):
+    """AdamW without decay; a run whose decay is in the gradient hands it in so."""
+    return adamw({**rules, "weight_decay": 0.0}, lr)
+
+
+OPTIMIZERS = {"sgd": sgd, "lars": lars, "adamw": adamw, "adam": adam}
 
 
 @pytest.mark.parametrize(**replay.cases("optimizer", lambda settings: settings["optimizer"]["name"] in OPTIMIZERS))
@@ -38,7 +43,10 @@ def test_optimizer(run, tag):
             parameters[name] = tf.Variable(start.astype(np.float32).astype(dtype), name=name)
         optimizer = OPTIMIZERS[settings["optimizer"]["name"]](settings["optimizer"], settings["lr"][0])
         optimizer.build(list(parameters.values()))
-        step_of_all = tf.function(lambda gradients: optimizer.apply_gradients(zip(gradients, parameters.values())))
+        # CMC's Adam has its decay in the gradient.
+        coupled = settings["optimizer"]["weight_decay"] if settings["optimizer"]["name"] == "adam" else 0.0
+        step_of_all = tf.function(lambda gradients: optimizer.apply_gradients(
+            [(gradient + coupled * p, p) for gradient, p in zip(gradients, parameters.values())]))
         for step in range(settings["steps"]):
             optimizer.learning_rate.assign(settings["lr"][step])
             step_of_all([tf.constant(_gradient(settings, step, name).astype(dtype)) for name in parameters])

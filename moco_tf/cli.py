@@ -286,6 +286,7 @@ def convert(argv):
     moco-tf convert runs/moco_v2 moco_v2.pth.tar                        # official MoCo layout
     moco-tf convert runs/moco_v2 resnet50.safetensors --layout=torchvision
     moco-tf convert runs/moco_v2 resnet50.pkl --layout=detectron2
+    moco-tf convert runs/cmc ckpt.pth --layout=cmc                      # CMC and InsDis, with their banks
     moco-tf convert moco_v2_200ep_pretrain.pth.tar runs/imported
     moco-tf convert vit-s-300ep.pth.tar deit.pth --layout=deit
     moco-tf convert deit_small.pth runs/imported --allow_probe --heads=6

@@ -1,4 +1,4 @@
-"""Compiles a program for a TPU slice with the real TPU compiler, without a TPU, in the environment of moco_tf/preflight.py.
+"""Compiles a program for a TPU slice with the real TPU compiler, without a TPU; moco_tf/preflight.py calls it.
 
     python preflight_compile.py TOPOLOGY OUT.json [FILE.hlo OUT.txt]
 
@@ -10,8 +10,9 @@ import json
 import os
 import sys
 
-# This is no TPU VM: whom would it ask for its neighbours?
-os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", JAX_PLATFORMS="cpu")
+# No TPU is used: libtpu has no neighbours to ask for, and no need to be the only one that is loaded.
+os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+                  JAX_PLATFORMS="cpu")
 
 import numpy as np
 from jax._src import compiler

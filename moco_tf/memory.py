@@ -50,9 +50,7 @@ class Queue(keras.layers.Layer):
                 f"Received: queue size {self.size}, global batch {batch}. Raise method.queue_size or lower batch_size.")
         rows = (self.pointer + tf.range(batch, dtype=tf.int64)) % self.size
         keys = tf.where(write, keys, tf.gather(self.keys, rows))
-        update_copies(lambda variable, rows_and_keys: variable.scatter_nd_update(rows_and_keys[0][:, None],
-                                                                                 rows_and_keys[1]),
-                      [self.keys], [(rows, keys)])
+        update_copies(_write_rows, [self.keys], [(rows, keys)])
         self.pointer.assign(tf.where(write, (self.pointer + batch) % self.size, self.pointer))
 
 
@@ -132,8 +130,7 @@ class MemoryBank(keras.layers.Layer):
         return tf.raw_ops.ResourceGather(resource=self.rows.handle, indices=index, dtype=self.rows.dtype)
 
     def _scatter(self, index, rows):
-        update_copies(lambda variable, rows: variable.scatter_nd_update(rows[0][:, None], rows[1]),
-                      [self.rows], [(index, rows)])
+        update_copies(_write_rows, [self.rows], [(index, rows)])
 
     def _checked(self, index):
         inside = tf.reduce_all((index >= 0) & (index < self.size))
@@ -295,6 +292,12 @@ def _uniform_rows(seed, first, count, dim):
             blocks.append(tf.random.stateless_uniform((BLOCK, dim), seed=(seed, block), minval=-bound, maxval=bound,
                                                       alg="philox")[begin:end])
         return tf.concat(blocks, axis=0)
+
+
+def _write_rows(variable, index_and_rows):
+    """By the variable's handle: those of TPUStrategy have no scatter_nd_update."""
+    index, rows = index_and_rows
+    tf.raw_ops.ResourceScatterNdUpdate(ref=variable.handle, indices=index[:, None], updates=rows)
 
 
 def _last_equal(index):

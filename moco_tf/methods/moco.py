@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from moco_tf.criteria import make_criterion
-from moco_tf.distribute import first_row
+from moco_tf.distribute import own_rows
 from moco_tf.errors import UsageError
 from moco_tf.losses import contrastive_logits, positive_rank
 from moco_tf.memory import Queue
@@ -55,9 +55,8 @@ class MoCo(TwoEncoders):
     def encode_keys(self, views):
         momentum_update(self.key_encoder, self.encoder, self.momentum)
         keys = {key: tf.stop_gradient(self.keys_of(views, key)) for _, key in self.terms}
-        here = first_row(views["query"].shape[0])
         return {"all": tf.concat([keys[name] for name in ("query", "key") if name in keys], axis=0),
-                "positive": [keys[key][here:][:views[key].shape[0]] for _, key in self.terms],
+                "positive": [own_rows(keys[key], views[key].shape[0]) for _, key in self.terms],
                 "negatives": tf.convert_to_tensor(self.queue.keys)}
 
     def compare(self, queries, keys):

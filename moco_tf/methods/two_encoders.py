@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from moco_tf.distribute import first_row, gather_rows
+from moco_tf.distribute import first_row, gather_rows, own_rows
 from moco_tf.methods.base import Method, unit_branches
 from moco_tf.shuffling import key_permutation, positions
 
@@ -48,13 +48,12 @@ class TwoEncoders(Method):
         """This replica's share of the key images in the order to encode, and where its queries' keys will stand."""
         images = views[name]
         here = images.shape[0]
-        first = first_row(here)
         if self.shuffle_bn == "input":
             return images, views["key_position"]
         if self.shuffle_bn == "none":
-            return images, first + tf.range(here)
+            return images, first_row(here) + tf.range(here)
         everywhere = gather_rows(images)
         batch = everywhere.shape[0]
         seed = self.seed + (name != "key")    # each view has an order of its own
         permutation = key_permutation(seed, self.optimizer.iterations, batch, self.bn_group_size or here)
-        return tf.gather(everywhere, permutation[first:][:here]), positions(permutation)[first:][:here]
+        return tf.gather(everywhere, own_rows(permutation, here)), own_rows(positions(permutation), here)

@@ -12,5 +12,6 @@ def get_config():
     config.shuffle_bn = "none"
     config.batch_size, config.bn_group_size = 64, 32
     config.views.names = ("query",)
-    config.method = dict(name="cmc", bank_size=0, loss="full", temperature=0.1, momentum=0.5)
+    config.method = dict(name="cmc", bank_size=0, loss="full", temperature=0.07, momentum=0.5)
+    config.optimizer.lr_per_256 = 0.01
     return config

@@ -145,6 +145,11 @@ class Hosts:
     def chief(self):
         return self.index == 0
 
+    @property
+    def others(self):
+        """Whether the run needs other processes than this one, which may be gone while it goes on."""
+        return self.count > 1 or self.remote_input
+
     def sum(self, number):
         """The sum of all hosts' integers. All call it together, outside of a step; it waits for the last."""
         return int(self.gather([number]).sum())

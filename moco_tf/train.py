@@ -439,7 +439,7 @@ def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), v
         raise UsageError("A step must fit into the device's memory. Received: "
                          f"{_first_line_of(error)}. Lower batch_size or views.size, or use precision=bfloat16.") from None
     except tf.errors.OpError as error:
-        if hosts.count > 1 and isinstance(error, LOST) and not unreadable.over_limit():
+        if hosts.others and isinstance(error, LOST) and not unreadable.over_limit():
             raise
         raise unreadable.over_limit() or DataError(
             f"The input or the workdir failed while training: {_first_line_of(error)}. `moco-tf data check` looks at the "
@@ -480,12 +480,12 @@ def _all_hosts_there(strategy, workdir):
     try:
         yield
     except LOST as error:
-        if Hosts(strategy).count == 1:
+        if not Hosts(strategy).others:
             raise
         saved = saved_checkpoints(f"{workdir}/checkpoints")
-        _, _, cause = str(error.message).rpartition("aborted by: ")
+        cause, *_ = str(error.message).rpartition("aborted by: ")[2].split("\n")
         raise (Preempted if saved else MocoError)(
-            f"another host is gone, and its own output says why: {cause.splitlines()[0][:300]} The last checkpoint is "
+            f"another host is gone, and its own output says why: {cause.rstrip('.')}. The last checkpoint is "
             f"{saved[-1] if saved else 'none'}. Start the same command again on all hosts.") from None
 
 

@@ -438,11 +438,7 @@ def _config(values, overrides, default):
         else:
             raise UsageError(f"--config is needed where the workdir holds no run yet. Received: workdir "
                              f"{values.workdir}. `moco-tf recipes` lists the recipes.")
-    for override in overrides:
-        key = override.lstrip("-").split("=", 1)[0][len("config."):]
-        configs.refuse_unknown(config, key)
-        if "=" not in override:
-            raise UsageError(f"An override is --config.key=value. Received: {override}.")
+    config = _with_options(config, overrides)
     from ml_collections import config_flags
     parsed = flags.FlagValues()
     try:
@@ -451,6 +447,28 @@ def _config(values, overrides, default):
     except (flags.Error, TypeError, ValueError) as error:
         raise UsageError(f"{str(error).splitlines()[0]}. The key keeps the type it has in the recipe.") from None
     return parsed.config
+
+
+def _with_options(config, overrides):
+    """The config with keys, at their values, that its recipe leaves out and its parts take all the same.
+
+    Raises:
+        UsageError: an override that is none; a key that no part takes.
+    """
+    given = [override.lstrip("-")[len("config."):].partition("=") for override in overrides]
+    for key, equals, value in given:
+        if not equals:
+            configs.refuse_unknown(config, key)
+            raise UsageError(f"An override is --config.key=value. Received: --config.{key}.")
+        if key.endswith(".name") and key in configs.flatten(config):    # which part it is says what it takes
+            config = configs.override(config, **{key: value})
+    for key, _, value in given:
+        if key not in configs.flatten(config):
+            from moco_tf.train import is_option
+            if is_option(config, key):
+                config = configs.with_option(config, key, value)
+        configs.refuse_unknown(config, key)
+    return config
 
 
 def _command_help(command, values):

@@ -117,6 +117,17 @@ def override(config, **values):
     return config
 
 
+def with_option(config, key, text):
+    """A copy with a key that the recipe leaves out, its value written as in Python; what is no such value is a string."""
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    except (ValueError, SyntaxError):
+        value = text
+    config = config.copy_and_resolve_references().unlock()
+    config.update_from_flattened_dict({key: value})
+    return config.lock()
+
+
 def refuse_unknown(config, key):
     """Raises UsageError, naming the nearest keys, when `config` has no key of this dotted name."""
     known = flatten(config)

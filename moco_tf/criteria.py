@@ -15,20 +15,28 @@ from moco_tf.losses import estimated_partition, followed_partition, info_nce, nc
 keras = tf.keras
 
 LOSSES = ("softmax", "nce")
+LEAST_TEMPERATURE = 0.02    # of NCE: n exp(1 / 0.01) is no float32 number any more
 
 
 def make_criterion(loss, size=0, dim=0, temperature=1.0, partition_momentum=1.0, name=None):
     """The criterion of one of LOSSES; the other arguments are those of `NCE`.
 
     Raises:
-        UsageError: another loss, or "nce" without the number of images.
+        UsageError: another loss, a temperature that is not above 0, or "nce" without the number of images or with a
+            temperature too small for Z.
     """
     if loss not in LOSSES:
         raise UsageError(f"method.loss must be one of {', '.join(LOSSES)}. Received: {loss!r}.")
+    if temperature <= 0:
+        raise UsageError(f"method.temperature must be above 0. Received: {temperature}.")
     if loss == "softmax":
         return InfoNCE(name=name)
     if size < 1:
-        raise UsageError(f"The loss 'nce' needs the number of training images. Received: {size}.")
+        raise UsageError(f"The loss 'nce' needs the number of training images. Received: {size}. A recipe says "
+                         "method.num_images=0 for as many as there are.")
+    if temperature < LEAST_TEMPERATURE:
+        raise UsageError(f"The loss 'nce' keeps Z, a mean of exp(1 / temperature), and so needs a temperature of "
+                         f"{LEAST_TEMPERATURE} at least. Received: {temperature}. The loss 'softmax' takes any.")
     return NCE(size, dim, temperature, partition_momentum, name=name)
 
 

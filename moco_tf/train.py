@@ -66,11 +66,28 @@ def construct(table, section, kind, offered=(), **extra):
     signature = inspect.signature(table[name]).parameters
     given = {**extra, **{key: value for key, value in dict(offered).items() if key in signature}}
     takes = [key for key in signature if key not in given]
+    missing = [key for key in takes if key not in arguments and signature[key].default is inspect.Parameter.empty
+               and signature[key].kind is not inspect.Parameter.VAR_KEYWORD]
+    if missing:
+        raise UsageError(f"{kind} {name!r} needs {', '.join(missing)}. Received: "
+                         f"{', '.join(arguments) or 'nothing'}. Start from a recipe that has this {kind}.")
     unknown = sorted(set(arguments) - set(takes))
     if unknown:
         raise UsageError(f"{kind} {name!r} takes {', '.join(key for key in takes if key != 'kwargs')}. "
                          f"Received besides: {', '.join(unknown)}. Start from a recipe that has this {kind}.")
     return table[name](**arguments, **given)
+
+
+TABLES = {"method": METHODS, "mixture": {**MIXTURES, "unmix": unmixed}, "views": RECIPES, "backbone": BACKBONES,
+          "head": HEADS, "optimizer": OPTIMIZERS}
+
+
+def is_option(config, key):
+    """Whether "section.argument" is one that the constructor named in the section takes; the recipe may leave it out."""
+    section, _, argument = key.partition(".")
+    table = TABLES.get(section, {})
+    name = config.get(section, {}).get("name") if table else None
+    return name in table and argument in inspect.signature(table[name]).parameters
 
 
 def view_recipe(config):
@@ -96,7 +113,7 @@ def image_mixture(config):
     """The mixture of a config that is a stage of the pipeline; None: there is none, or it is the method's."""
     if config.mixture.name in ("none", "unmix"):
         return None
-    return construct(MIXTURES, config.mixture, "mixture")
+    return construct({**MIXTURES, "unmix": None, "none": None}, config.mixture, "mixture")
 
 
 def normalized_in_input(config):
@@ -125,7 +142,11 @@ def build_encoder(config):
 
     if not branches:
         return encoder(backbone(config.data.channels), head)
-    return encoder(branched_backbone(branches, backbone, size), lambda features: branched_head(branches, head, features))
+    several = branched_backbone(branches, backbone, size)
+    if several.input_shape[-1] != config.data.channels:
+        raise UsageError("The channels of the branches must add up to data.channels. Received: "
+                         f"{tuple(map(tuple, branches))} and data.channels {config.data.channels}.")
+    return encoder(several, lambda features: branched_head(branches, head, features))
 
 
 def build_method(config, steps_per_epoch, normalize_views=None):
@@ -229,6 +250,8 @@ def check(config, size, replicas, view_names):
         if count not in (0, size):
             raise UsageError(f"method.{key} is the number of training images. Received: {count}, and {size} training "
                              "images. Use 0, for as many as there are.")
+    if "head" in config and config.head.get("dim", 1) < 1:
+        raise UsageError(f"head.dim must be at least 1. Received: {config.head.dim}.")
     if config.shuffle_bn not in ("input", "cross_replica", "none"):
         raise UsageError(f"shuffle_bn must be input, cross_replica or none. Received: {config.shuffle_bn!r}.")
     if config.epochs < 1:
@@ -550,9 +573,8 @@ def _announcement(config, train, held_out, strategy, reason):
              f"{group} images, shuffling BN: {config.shuffle_bn}"]
     queue = config.method.get("queue_size", 0)
     if queue:
-        full = math.ceil(queue / config.batch_size)
-        lines.append(f"queue of {queue} keys, first full of real ones at step {full}; the loss rises until then; "
-                     f"chance is ln(K + 1) = {math.log(queue + 1):.2f}")
+        full = math.ceil(queue / config.batch_size / (1 + config.method.get("symmetric", 0)))
+        lines.append(f"queue of {queue} keys, first full of real ones at step {full}; the loss rises until then")
         if queue > train.size:
             lines.append(f"note: the queue spans {queue / train.size:.1f} epochs, so that a query meets old keys of its "
                          f"own image as negatives; a method.queue_size below {train.size} is usual.")

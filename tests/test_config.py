@@ -41,7 +41,10 @@ def networks():
     return sorted(first.values())
 
 
-@pytest.mark.parametrize("name", networks())
+LARGE = ("moco_v1_r50_w2", "moco_v1_r50_w4", "cmc_r50_v2", "cmc_r50_v3", "cmc_r101_v3")    # minutes, and gigabytes
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in networks()])
 def test_every_network_of_the_recipes_builds(name):
     config = load(name)
     method = build_method(config, steps_per_epoch=100)

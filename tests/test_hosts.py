@@ -162,6 +162,7 @@ def test_the_groups_of_two_hosts_are_apart_for_any_step():
         assert {len(set(group)) for group in (order // 4).reshape(2, 4)} == {2}
 
 
+@pytest.mark.slow
 def test_views_are_made_in_another_process(photos):
     """As the input pipelines of a TPU slice are, on its hosts."""
     code = f"""

@@ -73,6 +73,22 @@ def test_a_terminated_run_saves_itself_and_ends_as_one_that_was_not(finished, tm
     assert_same_run(tmp_path / "run", finished[0])
 
 
+@pytest.mark.parametrize("options", [[], pytest.param(
+    ["--config.method.shard_bank=true", "--strategy=mirrored", "--cpu_replicas=2"], marks=pytest.mark.slow)])
+def test_a_killed_run_with_memory_banks_ends_as_one_that_was_not(tmp_path, options):
+    """Banks, Z and negatives: bit for bit, on two replicas with a shard each too."""
+    arguments = [f"--config={ROOT / 'tests/bank_config.py'}", *options]
+    code, output = start_and_stop_at(17, ["pretrain", *arguments], tmp_path / "run", signal.SIGKILL)
+    assert code == -signal.SIGKILL, output
+    for name in ("run", "whole"):
+        done = moco_tf("pretrain", f"--workdir={tmp_path / name}", *arguments)
+        assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    state = final_state(tmp_path / "whole")
+    assert sum("banks" in name and value.shape[1:] == (16,) for name, value in state.items()) == 2
+    assert sum("partition" in name for name in state) == 2
+
+
 def copy_of(finished, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)

@@ -1,5 +1,7 @@
 """Several encoders as one: each sees its own channels of an image (CMC, arXiv:1906.05849, sec. 3)."""
 
+import re
+
 import tensorflow as tf
 
 from moco_tf.errors import UsageError
@@ -22,16 +24,21 @@ def branched_backbone(branches, build, size=None):
     Raises:
         UsageError: branches without names, or of one name, or without channels.
     """
-    names = [name for name, _ in branches]
-    if not branches or len(set(names)) < len(names) or not all(names) or min(count for _, count in branches) < 1:
-        raise UsageError("branches must be pairs of a name and a number of channels, no name twice. "
-                         f"Received: {tuple(branches)!r}.")
+    good = [branch for branch in branches if _is_branch(branch)]
+    if len(good) < 2 or len({name for name, _ in good}) < len(branches):
+        raise UsageError('branches must be two or more pairs of a name (letters, digits, _) and a number of channels, no name twice, '
+                         f'as (("l_to_ab", 1), ("ab_to_l", 2)). Received: {tuple(branches)!r}.')
     images = keras.Input((size, size, sum(count for _, count in branches)), name="images")
     features, first = [], 0
     for name, count in branches:
         features.append(under_name(name, build(count), images[:, :, :, first:first + count]))
         first += count
     return keras.Model(images, keras.layers.Concatenate(name="features")(features), name="branches")
+
+
+def _is_branch(branch):
+    return (isinstance(branch, (tuple, list)) and len(branch) == 2 and isinstance(branch[0], str)
+            and re.fullmatch(r"[A-Za-z]\w*", branch[0]) and isinstance(branch[1], int) and branch[1] > 0)
 
 
 def branched_head(branches, build, features):

@@ -39,7 +39,8 @@ def cut(path, out, side=32, shorter_side=512, workers=None):
     if not tf.io.gfile.isdir(path):
         raise DataError(f"The path must be an existing folder of images. Received: {path}.")
     names = sorted(readable(name) for name in list_images(path))
-    tasks = (functools.partial(_cut_one, path, name, out, side, shorter_side) for name in names)
+    folders = [os.path.join(out, folder) for folder in _folders(names)]
+    tasks = (functools.partial(_cut_one, path, name, folder, side, shorter_side) for name, folder in zip(names, folders))
     done, left_out = [], []
     for name, patches, why in progress(in_parallel(tasks, workers), len(names), "cut"):
         (left_out.append((name, why)) if why else done.append(patches))
@@ -56,7 +57,15 @@ def format_cut(out, result):
                       *unreadable_lines(left_out, "left out")])
 
 
-def _cut_one(path, name, out, side, shorter_side):
+def _folders(names):
+    """A folder's name for each photograph, "/" written "-"; with the ending where two would share one, and a number where
+    they still would."""
+    stems = [os.path.splitext(name)[0].replace("/", "-") for name in names]
+    folders = [stem if stems.count(stem) == 1 else name.replace("/", "-") for stem, name in zip(stems, names)]
+    return [folder if folders.count(folder) == 1 else f"{folder}-{place}" for place, folder in enumerate(folders)]
+
+
+def _cut_one(path, name, folder, side, shorter_side):
     """(name, number of patches written, why there are none)."""
     with tf.device("CPU:0"):
         try:
@@ -70,7 +79,6 @@ def _cut_one(path, name, out, side, shorter_side):
         rows, columns = image.shape[0] // side, image.shape[1] // side
         if not rows * columns:
             return name, 0, f"{image.shape[1]} x {image.shape[0]} pixels"
-        folder = os.path.join(out, os.path.splitext(name)[0].replace("/", "-"))
         tf.io.gfile.makedirs(folder)
         for row in range(rows):
             for column in range(columns):

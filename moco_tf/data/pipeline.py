@@ -69,7 +69,9 @@ class BatchClock:
 
     def stamp(self, step, batch):
         """A pipeline stage: passes the batch on."""
-        with tf.control_dependencies([self.times.scatter_nd_update([[step % CLOCK_SLOTS]], [tf.timestamp()])]):
+        with tf.control_dependencies(tf.nest.flatten(batch)):    # or the time would be that at which its making began
+            now = tf.timestamp()
+        with tf.control_dependencies([self.times.scatter_nd_update([[step % CLOCK_SLOTS]], [now])]):
             return tf.nest.map_structure(tf.identity, batch)
 
 

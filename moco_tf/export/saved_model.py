@@ -309,7 +309,7 @@ def _write_tflite(folder, model, preprocessing):
     module.weights = backbone.variables
     module.features = tf.function(
         lambda images: {"features": backbone(_normalized(images, preprocessing), training=False)},
-        [tf.TensorSpec([None, size, size, 3], name="images")], autograph=False)
+        [tf.TensorSpec([None, size, size, backbone.input_shape[-1]], name="images")], autograph=False)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([module.features.get_concrete_function()], module)
     converter.optimizations, converter.target_spec.supported_types = [tf.lite.Optimize.DEFAULT], [tf.float16]
     with tf.io.gfile.GFile(path, "wb") as file:

@@ -142,3 +142,8 @@ def feature_std(rows):
     0 when all are alike (collapse)."""
     width = tf.cast(rows.shape[1], rows.dtype)
     return tf.cast(tf.reduce_mean(tf.math.reduce_std(rows, axis=0)) * tf.sqrt(width), tf.float32)
+
+
+def least_feature_std(branches):
+    """`feature_std` of the branch that is nearest to collapse."""
+    return tf.reduce_min([feature_std(rows) for rows in branches])

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from moco_tf.distribute import first_row
 from moco_tf.losses import in_batch_logits, info_nce, positive_rank
-from moco_tf.methods.base import accuracies, contrasted, feature_std
+from moco_tf.methods.base import accuracies, contrasted, least_feature_std
 from moco_tf.methods.two_encoders import TwoEncoders
 from moco_tf.momentum import copy_of
 
@@ -40,7 +40,7 @@ class EndToEnd(TwoEncoders):
             "queries": queries, "rank": tf.concat([positive_rank(term, positive) for term in logits], axis=0)}
 
     def metrics_of(self, keys, outputs):
-        return {**accuracies(outputs["rank"]), "feature_std": feature_std(self.branches_of(keys["all"])[0])}
+        return {**accuracies(outputs["rank"]), "feature_std": least_feature_std(self.branches_of(keys["all"]))}
 
     def chance_loss(self, batch_size):
         return len(self.pairs) * math.log(batch_size)

@@ -42,7 +42,7 @@ def unmixed(method, probability=0.5, beta=1.0, seed=0):
             """A function images -> mixed images, and the ratio, for views of this shape at this step."""
             _, height, width, _ = shape
             key = tf.stack([seed, tf.cast(self.optimizer.iterations, tf.int32)])
-            numbers = ops.uniform(key, [5])
+            numbers = ops.uniform(ops.split(key, 1)[0], [5])    # the key itself is that of the keys' permutation
             whole, drawn = numbers[0] < probability, ratio_from(numbers[1:3], beta)
             box = mixture_box(numbers[3:], drawn, height, width)
 

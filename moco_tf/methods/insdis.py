@@ -9,7 +9,7 @@ from moco_tf.distribute import gather_rows, own_rows
 from moco_tf.errors import UsageError
 from moco_tf.losses import bank_logits, contrastive_logits, positive_rank
 from moco_tf.memory import MemoryBank, ShardedMemoryBank
-from moco_tf.methods.base import Method, accuracies, contrasted, feature_std, unit_branches
+from moco_tf.methods.base import Method, accuracies, contrasted, least_feature_std, unit_branches
 
 keras = tf.keras
 
@@ -106,7 +106,7 @@ class InsDis(Method):
             criterion.update(noted, write)
 
     def metrics_of(self, keys, outputs):
-        metrics = {**accuracies(outputs["rank"]), "feature_std": feature_std(outputs["queries"][0])}
+        metrics = {**accuracies(outputs["rank"]), "feature_std": least_feature_std(outputs["queries"])}
         of_pairs = [criterion.metrics_of(noted) for criterion, noted in zip(self.criteria, outputs["noted"])]
         metrics.update({name: tf.reduce_mean([values[name] for values in of_pairs]) for name in of_pairs[0]})
         if len(self.pairs) > 1:

@@ -7,7 +7,7 @@ from moco_tf.distribute import own_rows
 from moco_tf.errors import UsageError
 from moco_tf.losses import contrastive_logits, positive_rank
 from moco_tf.memory import Queue
-from moco_tf.methods.base import accuracies, contrasted, feature_std
+from moco_tf.methods.base import accuracies, contrasted, least_feature_std
 from moco_tf.methods.two_encoders import TwoEncoders
 from moco_tf.momentum import momentum_copy, momentum_update
 
@@ -78,7 +78,7 @@ class MoCo(TwoEncoders):
 
     def metrics_of(self, keys, outputs):
         of_pairs = [criterion.metrics_of(noted) for criterion, noted in zip(self.criteria, outputs["noted"])]
-        return {**accuracies(outputs["rank"]), "feature_std": feature_std(self.branches_of(keys["all"])[0]),
+        return {**accuracies(outputs["rank"]), "feature_std": least_feature_std(self.branches_of(keys["all"])),
                 **{name: tf.reduce_mean([values[name] for values in of_pairs]) for name in of_pairs[0]}}
 
     def chance_loss(self, batch_size):

@@ -48,6 +48,10 @@ class MoCoV3(Method):
         if momentum_schedule == "cosine" and not total_steps:
             raise UsageError("method.momentum_schedule 'cosine' needs the number of steps of the run. "
                              f"Received: total_steps {total_steps}.")
+        if encoder.output_shape[-1] != predictor.input_shape[-1]:
+            raise UsageError("MoCo v3 takes an encoder of one branch, whose embeddings the predictor takes. Received: "
+                             f"embeddings of {encoder.output_shape[-1]} values, a predictor of "
+                             f"{predictor.input_shape[-1]}. Leave out branches, or use the method moco.")
         self.predictor = predictor
         self.key_encoder = momentum_copy(encoder)
         self.temperature, self.momentum = temperature, momentum

@@ -129,6 +129,16 @@ def erasing_box(numbers, area, min_aspect, height, width):
 # --- both ---
 
 
+def _require(holds, name, value, must):
+    if not holds:
+        raise UsageError(f"mixture.{name} must be {must}. Received: {value}.")
+
+
+def _require_rounds(number_name, number, probability_name, probability):
+    _require(isinstance(number, int) and number >= 0, number_name, number, "a whole number, 0 or more")
+    _require(0 <= probability <= 1, probability_name, probability, "from 0 to 1")
+
+
 def im(g_alpha=1.0, g_num=2, g_prob=0.1, r_beta=1.0, r_num=2, r_prob=0.1, r_pixel_decay=1.0, partners="data"):
     """IM: the global mixture, then the region mixture, whose partners have passed through the global one themselves."""
     of_whole, _ = global_mixture(g_alpha, g_num, g_prob, partners)
@@ -150,6 +160,8 @@ def global_mixture(g_alpha=1.0, g_num=2, g_prob=0.1, partners="data"):
     if g_alpha <= 0:
         raise UsageError(f"mixture.g_alpha must be above 0. Received: {g_alpha}. Use g_num=0 for no global mixture.")
 
+    _require_rounds("g_num", g_num, "g_prob", g_prob)
+
     def mix(_, views, numbers, others):
         return blend(views, others(), mixture.beta(numbers[:2], g_alpha))
 
@@ -159,6 +171,8 @@ def global_mixture(g_alpha=1.0, g_num=2, g_prob=0.1, partners="data"):
 def region_mixture(r_beta=1.0, r_num=2, r_prob=0.1, r_pixel_decay=1.0, partners="data"):
     """Boxes of other samples pasted in: `r_num` rounds, each with probability `r_prob`, a ratio of Beta(r_beta, r_beta)
     left. In the first round the sample is scaled by `r_pixel_decay` before. With `r_beta` 0 nothing is done."""
+    _require_rounds("r_num", r_num, "r_prob", r_prob)
+
     def mix(i, views, numbers, others):
         box = mixture_box(numbers[2:], mixture.beta(numbers[:2], r_beta), *_sides(views))
         if r_pixel_decay != 1.0:
@@ -170,6 +184,9 @@ def region_mixture(r_beta=1.0, r_num=2, r_prob=0.1, r_pixel_decay=1.0, partners=
 
 def cutout(mask_size=50, cutout_p=0.1, cutout_inside=False, mask_color=0.0):
     """Cutout (arXiv:1708.04552): with probability `cutout_p` a square of `mask_color`; 0 is the mean colour."""
+    _require(0 <= cutout_p <= 1, "cutout_p", cutout_p, "from 0 to 1")
+    _require(isinstance(mask_size, int) and mask_size > 0, "mask_size", mask_size, "a whole number above 0")
+
     def stage(views, seed, partner):
         del partner
         numbers = ops.uniform(seed, [3])
@@ -182,6 +199,13 @@ def cutout(mask_size=50, cutout_p=0.1, cutout_inside=False, mask_color=0.0):
 def random_erasing(random_erasing_prob=0.1, area_ratio_range=(0.02, 0.4), min_aspect_ratio=0.3, max_attempt=20):
     """Random Erasing as IM has it: with its probability a box of one number in [0, 1). Unlike in
     `mixture.random_erasing` the aspect is uniform, not its logarithm, and the box is not of noise."""
+    _require(0 <= random_erasing_prob <= 1, "random_erasing_prob", random_erasing_prob, "from 0 to 1")
+    _require(isinstance(area_ratio_range, tuple) and len(area_ratio_range) == 2
+             and 0 < area_ratio_range[0] <= area_ratio_range[1] <= 1, "area_ratio_range", area_ratio_range,
+             "(least, most) of the image's area, above 0 and up to 1")
+    _require(0 < min_aspect_ratio <= 1, "min_aspect_ratio", min_aspect_ratio, "above 0 and up to 1")
+    _require(isinstance(max_attempt, int) and max_attempt > 0, "max_attempt", max_attempt, "a whole number above 0")
+
     def stage(views, seed, partner):
         del partner
         numbers = ops.uniform(seed, [4 + 2 * max_attempt])

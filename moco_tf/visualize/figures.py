@@ -116,7 +116,7 @@ def sheet(rows, title, columns, note="", captions=None, frames=None):
             if frames and frames[i][j]:
                 colour = np.round(255 * np.array(matplotlib.colors.to_rgb(frames[i][j])))
                 canvas[y - FRAME:y + cell + FRAME, x - FRAME:x + cell + FRAME] = colour
-            shown = fit(image, cell)
+            shown = fit(image[..., :3] if image.shape[-1] > 2 else image[..., :1], cell)    # of other channels the first
             dy, dx = (cell - shown.shape[0]) // 2, (cell - shown.shape[1]) // 2
             canvas[y + dy:y + dy + shown.shape[0], x + dx:x + dx + shown.shape[1]] = shown
             for line, text in enumerate(captions[i][j].split("\n") if captions else ()):

@@ -2,7 +2,7 @@
 
     moco-tf pretrain --config=cmc_moco_quickstart --config.data.path=patches --workdir=runs/cmc_moco
 
-Measured: see the README.
+Measured: 3.6 % of retrieval after 8 epochs with crops of 0.8 at least; not yet as it stands.
 """
 from moco_tf.config import recipe
 

@@ -2,7 +2,7 @@
 
     moco-tf pretrain --config=cmc_quickstart_bank --config.data.path=patches --workdir=runs/cmc_bank
 
-Measured: see the README.
+Measured: not beyond 1 % of retrieval in 8 to 14 epochs at higher rates; at this one not yet.
 """
 from moco_tf.config import recipe
 

@@ -2,7 +2,7 @@
 
     moco-tf pretrain --config=end_to_end_quickstart --workdir=runs/end_to_end
 
-Measured: see the README.
+Not measured yet.
 """
 from moco_tf.config import recipe
 

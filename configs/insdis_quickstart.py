@@ -11,10 +11,10 @@ from moco_tf.config import recipe
 
 def get_config():
     config = recipe("quickstart")
-    config.epochs, config.shuffle_bn = 100, "none"
+    config.epochs, config.shuffle_bn = 80, "none"
     config.data.fraction = 0.2
     config.views.names = ("query",)
     config.method = dict(name="insdis", bank_size=0, loss="full", temperature=0.07, momentum=0.5)
     config.optimizer.lr_per_256 = 0.01
-    config.monitor.every_epochs = 50
+    config.monitor.every_epochs = 20
     return config

@@ -125,5 +125,5 @@ def test_a_file_and_a_workdirs_json_are_configs_too(tmp_path):
 def test_a_bank_of_another_size_than_the_data_is_refused():
     config = configs.override(configs.load("insdis_r50"), **{"method.bank_size": 500})
     check(config, size=500, replicas=1, view_names=("query",))
-    with pytest.raises(UsageError, match="bank_size 500, 1000 training images"):
+    with pytest.raises(UsageError, match="Received: 500, and 1000 training images"):
         check(config, size=1000, replicas=1, view_names=("query",))

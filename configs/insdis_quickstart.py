@@ -1,4 +1,4 @@
-"""InsDis on 2,000 of the embedded grey images, softmax over all of them, a narrow ResNet-18, some two minutes on two cores.
+"""InsDis on 2,000 of the embedded grey images, softmax over all, a narrow ResNet-18, some two minutes on two cores.
 
     moco-tf pretrain --config=insdis_quickstart --workdir=runs/insdis
 

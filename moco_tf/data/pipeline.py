@@ -17,6 +17,8 @@ from moco_tf.shuffling import key_permutation, positions
 
 FOREVER = tf.int64.max
 CLOCK_SLOTS = 1024
+# Nothing here is for AutoGraph, which takes two thirds of the time of tracing.
+as_written = tf.autograph.experimental.do_not_convert
 SMALL = 64 * 64    # pixels of a source's images up to which a batch of them is augmented in one call
 
 
@@ -75,6 +77,7 @@ class BatchClock:
             return tf.nest.map_structure(tf.identity, batch)
 
 
+@as_written
 def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_step=0, shuffle=True, bn_group_size=0,
                      labels=False, repeats=1, mixture=None, replicas=1, context=None, workers=0, unreadable=None,
                      clock=None, service=None):
@@ -165,6 +168,7 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
     return dealt.apply(tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)).with_options(_options())
 
 
+@as_written
 def evaluation_batches(source, recipe, batch_size, limit=0, seed=0, workers=0, unreadable=None):
     """One pass: full batches of (views, label (n,), index (n,), real (n,) bool).
 
@@ -209,33 +213,27 @@ def partners_of(mixture, source):
 def _viewed(source, recipe, examples, batch_size, parallel, mixture=None):
     """(example, its seed (2,)) -> batches (readable (n,) bool, {"index", "label", and the views by name})."""
     recipe.require_channels(source.channels)
+    decode = _guarded(source)
     if _small(source):
         def views_of_batch(seeds, readable, index, decoded):
             return readable, {"index": index, "label": decoded["label"], **recipe.apply_batch(decoded["image"], seeds)}
 
         def read_one(example, image_seed):
-            readable, decoded = _guarded(source, source.decode)(example)
+            readable, decoded = decode(example)
             return image_seed, readable, source.index_of(example), decoded
 
         return examples.map(read_one, parallel).batch(batch_size, drop_remainder=True).map(views_of_batch, parallel)
 
     def views_of_one(example, image_seed):
-        image = source.decode(example)
-        return {"label": image["label"], **recipe.apply(image["image"], image_seed)}
+        readable, decoded = decode(example)
+        views = recipe.apply(decoded["image"], image_seed)
+        if mixture:
+            views = {name: views[name] for name in recipe.views}
+            partner = _drawn_from(source, recipe, views)
+            views = mixture.stage(views, _mixture_seed(recipe, image_seed), partner)
+        return readable, {"index": source.index_of(example), "label": decoded["label"], **views}
 
-    def mixed_views_of_one(example, image_seed):
-        drawn = views_of_one(example, image_seed)
-        views = {name: drawn[name] for name in recipe.views}
-        return {**drawn, **mixture.stage(views, _mixture_seed(recipe, image_seed), _drawn_from(source, recipe))}
-
-    # Where a partner cannot be read the image stays as it is.
-    read = _guarded(source, *([mixed_views_of_one] if mixture else []), views_of_one)
-
-    def indexed(example, image_seed):
-        readable, views = read(example, image_seed)
-        return readable, {"index": source.index_of(example), **views}
-
-    return examples.map(indexed, parallel).batch(batch_size, drop_remainder=True)
+    return examples.map(views_of_one, parallel).batch(batch_size, drop_remainder=True)
 
 
 def _small(source):
@@ -243,12 +241,17 @@ def _small(source):
     return bool(source.image_shape) and source.image_shape[0] * source.image_shape[1] <= SMALL
 
 
-def _drawn_from(source, recipe):
-    """A partner for a mixture, seed -> the views of an image drawn from all of a source with random access."""
+def _drawn_from(source, recipe, own):
+    """A partner for a mixture, seed -> the views of an image drawn from all of a source with random access; `own`, those
+    of the image itself, where it cannot be read."""
+    decode = _guarded(source)
+
     def partner(seed):
         index_seed, view_seed = tf.unstack(tf.random.split(seed, 2, alg="philox"))
         index = tf.random.stateless_uniform([], index_seed, 0, source.size, tf.int64, alg="philox")
-        return recipe.apply(source.decode({"index": index})["image"], view_seed)
+        readable, decoded = decode({"index": index})
+        drawn = recipe.apply(decoded["image"], view_seed)
+        return {name: tf.where(readable, drawn[name], own[name]) for name in own}
 
     return partner
 
@@ -261,10 +264,9 @@ def _mixed_rows(mixture, source, recipe, batch, seeds):
         row = tf.random.stateless_uniform([], seed, 0, seeds.shape[0], tf.int32, alg="philox")
         return {name: view[row] for name, view in views.items()}
 
-    partner = any_row if partners_of(mixture, source) == "batch" else _drawn_from(source, recipe)
-
     def mix(example):
         views, seed = example
+        partner = any_row if partners_of(mixture, source) == "batch" else _drawn_from(source, recipe, views)
         return mixture.stage(views, _mixture_seed(recipe, seed), partner)
 
     return tf.map_fn(mix, (views, seeds), fn_output_signature={
@@ -343,22 +345,22 @@ def _in_range(labels, num_classes, index):
         return tf.identity(labels)
 
 
-def _guarded(source, *functions):
-    """example -> (True, what the first of the functions gives that does not fail), or (False, zeros) where all do:
-    tf.data's errors, without losing count."""
+def _guarded(source):
+    """example -> (whether it can be read, what `source.decode` gives, or zeros): tf.data's errors, without losing count.
+
+    Only the decoding is inside: a data set is made for each image, which takes as long as its function is large.
+    """
     if not source.can_fail:
-        return lambda *example: (True, functions[0](*example))
+        return lambda example: (True, source.decode(example))
 
-    def guarded(*example):
-        one = tf.data.Dataset.from_tensors(example)
-        first, *others = (one.map(lambda *example, function=function: (True, function(*example))).ignore_errors()
-                          for function in functions)
-        nothing = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), first.element_spec)
-        for attempt in (*others, tf.data.Dataset.from_tensors((False, nothing[1]))):
-            first = first.concatenate(attempt)
-        return first.take(1).get_single_element()
+    def decode(example):
+        attempt = tf.data.Dataset.from_tensors(example).map(
+            lambda example: (True, source.decode(example))).ignore_errors()
+        nothing = tf.nest.map_structure(lambda spec: tf.zeros([side or 1 for side in spec.shape], spec.dtype),
+                                        attempt.element_spec)
+        return attempt.concatenate(tf.data.Dataset.from_tensors(nothing)).take(1).get_single_element()
 
-    return guarded
+    return decode
 
 
 def _without_unreadable(readable, batch, unreadable):

@@ -6,6 +6,7 @@ A source has `size` (N), `num_classes` (0 without labels), `class_names`, `chann
 image in every run; `label` is -1 where there is none.
 """
 
+import bisect
 import difflib
 import inspect
 import io
@@ -21,7 +22,7 @@ from moco_tf.data.decode import decode_image, to_rgb
 from moco_tf.errors import DataError, UsageError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif")    # in any case
-IMAGE_SUFFIXES = frozenset(b"." + extension.encode() for extension in EXTENSIONS)
+IMAGE_SUFFIXES = tuple(b"." + extension.encode() for extension in EXTENSIONS)
 EVALUATION_SPLITS = ("val", "validation", "test")    # "val" takes the first that exists
 SHUFFLE_BUFFER = 10_000     # examples a stream holds in memory to shuffle them
 INTERLEAVED_SHARDS = 16     # shards a stream reads at a time
@@ -64,9 +65,13 @@ class Source:
 
 
 class RandomAccess(Source):
-    """A source whose elements are just {"index": () int64}: any order and any start cost nothing."""
+    """A source whose elements are just {"index": () int64}: any order and any start cost nothing.
+
+    A subclass with labels sets `_labels`, (N,) int64 by index.
+    """
 
     random_access = True
+    _labels = None
 
     def examples(self, seed=None, epoch=None, start=0):
         """One epoch, as a tf.data.Dataset of {"index": () int64}.
@@ -80,6 +85,14 @@ class RandomAccess(Source):
         if seed is None:
             return tf.data.Dataset.range(start, self.size).map(lambda index: {"index": index})
         return tf.data.Dataset.from_tensor_slices({"index": permutation(self.size, epoch_key(seed, epoch))[start:]})
+
+    def label(self, example):
+        if self._labels is None:
+            return tf.constant(-1, tf.int64)
+        return tf.gather(self._labels, example["index"])
+
+    def labels(self):
+        return None if self._labels is None else self._labels.numpy()
 
 
 class Stream(Source):
@@ -151,12 +164,6 @@ class Embedded(RandomAccess):
     def image(self, example):
         return to_rgb(tf.gather(self._images, example["index"]))
 
-    def label(self, example):
-        return tf.gather(self._labels, example["index"])
-
-    def labels(self):
-        return self._labels.numpy()
-
     def describe(self, index):
         return f"embedded {self.split}[{int(index)}]"
 
@@ -200,13 +207,12 @@ class Folder(RandomAccess):
                             f"{len(paths)} in {self.root}, first {readable(others[0])}.")
         self.size = len(paths)
         self._paths = host_tensor(paths)
-        self._labels = None
-        folders = sorted(set(map(class_folder, paths))) if all(b"/" in path for path in paths) else []
+        folders, counts = class_runs(paths)
         if len(folders) > 1 or classes:
-            self.class_names = tuple(map(readable, folders))
-            self.num_classes = len(folders)
-            rank = {folder: label for label, folder in enumerate(folders)}
-            self._labels = host_tensor(np.array([rank[class_folder(path)] for path in paths], np.int64))
+            names = sorted(folders)    # "a" before "a-b", whose paths come first
+            self.class_names, self.num_classes = tuple(map(readable, names)), len(names)
+            rank = {folder: label for label, folder in enumerate(names)}
+            self._labels = host_tensor(np.repeat(np.array([rank[folder] for folder in folders], np.int64), counts))
 
     @staticmethod
     def find_split(path, split, data_dir=""):
@@ -227,14 +233,6 @@ class Folder(RandomAccess):
 
     def encoded(self, example):
         return tf.io.read_file(tf.strings.join([self.root, "/", tf.gather(self._paths, example["index"])]))
-
-    def label(self, example):
-        if self._labels is None:
-            return tf.constant(-1, tf.int64)
-        return tf.gather(self._labels, example["index"])
-
-    def labels(self):
-        return None if self._labels is None else self._labels.numpy()
 
     def describe(self, index):
         return os.path.join(self.root, readable(self._paths[int(index)].numpy()))
@@ -412,7 +410,6 @@ class Arrays(RandomAccess):
         if channels != self.channels:
             raise DataError(f"data.channels must be the images' number of channels. Received: {channels}, and "
                             f"{self.channels} in {self.path}.")
-        self._labels = None
         if labels is not None:
             if labels.shape != (self.size,) or labels.dtype.kind not in "iu" or labels.min() < 0:
                 raise DataError(f"The labels must be integers ({self.size},), 0 or more. Received: {labels.dtype} "
@@ -443,14 +440,6 @@ class Arrays(RandomAccess):
             raise UsageError(f"A PNG holds at most 4 channels. Received: {self.channels} in {self.path}. Read the "
                              "arrays as they are; they need no packing.")
         return tf.io.encode_png(self.image(example))
-
-    def label(self, example):
-        if self._labels is None:
-            return tf.constant(-1, tf.int64)
-        return tf.gather(self._labels, example["index"])
-
-    def labels(self):
-        return None if self._labels is None else self._labels.numpy()
 
     def describe(self, index):
         return f"{self.path}[{int(index)}]"
@@ -645,12 +634,13 @@ def list_local_images(root):
         folder = folders.pop()
         with os.scandir(os.path.join(os.fsencode(root), folder)) as entries:
             for entry in entries:
-                if entry.name.startswith(b"."):
+                name = entry.name
+                if name[:1] == b".":
                     continue
                 if entry.is_dir():
-                    folders.append(folder + entry.name + b"/")
-                elif is_image_name(entry.name):
-                    images.append(folder + entry.name)
+                    folders.append(folder + name + b"/")
+                elif is_image_name(name):
+                    images.append(folder + name)
     return images
 
 
@@ -671,11 +661,24 @@ def list_remote_images(root):
 
 
 def is_image_name(name):
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def class_folder(path):
     return path.partition(b"/")[0]
+
+
+def class_runs(paths):
+    """The class folders of sorted paths, as they come, and how many paths are in each; none where a path is in no folder."""
+    folders, ends, end = [], [0], 0
+    while end < len(paths):
+        folder, slash, _ = paths[end].partition(b"/")
+        if not slash:
+            return [], []
+        folders.append(folder)
+        end = bisect.bisect_left(paths, folder + b"0", end)    # "0" is what comes after "/"
+        ends.append(end)
+    return folders, np.diff(ends)
 
 
 def readable(name):

@@ -79,6 +79,7 @@ class Method(keras.Model):
         """The loss of guessing, in nats, with so many images in the global batch."""
         raise NotImplementedError(f"{type(self).__name__} must define chance_loss")
 
+    @tf.autograph.experimental.do_not_convert    # which would take longer than to trace the step
     def train_step(self, views):
         """One step on a dict of views; returns scalars, equal on all replicas."""
         views = {name: self.normalize(view) if self.normalize and view.dtype == tf.uint8 else view

@@ -37,7 +37,7 @@ class View:
         self.size, self.crop, self.stages, self.interpolation = size, crop, tuple(stages), interpolation
         self.dtype = tf.float32 if normalize else tf.uint8
         self._xla, self._to_image = xla, normalize or ops.to_image
-        self._finish = tf.function(self._of_columns, jit_compile=xla)
+        self._finish = tf.function(self._of_columns, autograph=False, jit_compile=xla)
 
     def normalized(self, normalize):
         """The same view with that as its last stage."""
@@ -84,7 +84,7 @@ class Recipe:
             colour.require_space(space)
         self.views, self.mean, self.std, self.xla = dict(views), mean, std, xla
         self.space, self.channels = space, channels
-        self.apply_batch = tf.function(self._apply_batch, jit_compile=xla)
+        self.apply_batch = tf.function(self._apply_batch, autograph=False, jit_compile=xla)
         self.apply_batch.__doc__ = self._apply_batch.__doc__
 
     def apply(self, image, seed):

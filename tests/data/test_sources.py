@@ -260,6 +260,16 @@ def test_folder_keeps_only_the_classes_asked_for(photos):
         open_source("folder", photos, classes=("cat", "dog"))
 
 
+def test_labels_are_the_ranks_of_the_class_folders_names(tmp_path):
+    # As paths, "ant-1/..." comes before "ant/..."; as names, "ant" comes first.
+    for path in ("ant/0.png", "ant-1/0.png", "ant-1/deep/1.png", "ant0/0.png", "bee/0.png", "bee/1.png"):
+        write(tmp_path / path, encode(picture(), "PNG"))
+    source = open_source("folder", str(tmp_path))
+    assert source.class_names == ("ant", "ant-1", "ant0", "bee")
+    named = {os.path.relpath(source.describe(i), tmp_path): source.class_names[label] for i, label in enumerate(source.labels())}
+    assert named == {path: path.partition("/")[0] for path in named} and len(named) == 6
+
+
 def test_folder_on_a_remote_file_system():
     """TensorFlow's file system in memory stands in for gs://."""
     content = encode(picture(), "PNG")

@@ -34,6 +34,7 @@ RUN_DEFAULTS = dict(
         eval_split="",           # held-out images for the monitors; "": the source's usual one, or a part set apart
         holdout=0.02,            # the part set apart where there is no such split
         fraction=1.0,            # of the training images; below 1 the same share of each class
+        device_views=False,      # of pre-training: the step does what follows the crop, for hosts that are too slow
         normalize="step",        # of pre-training: first in the step, or "input": in the pipeline (4 times the bytes)
         repeats=1,               # views of an image that follow each other (repeated augmentation)
         max_unreadable=0.01,     # of the images; above it the run stops

@@ -7,6 +7,7 @@ their own (their numpy excludes TensorFlow's), compiles the program for a slice 
 
 import dataclasses
 import datetime
+import gzip
 import hashlib
 import json
 import math
@@ -32,7 +33,7 @@ from moco_tf.data.sources import open_source
 from moco_tf.distribute import ReplicaOfMany
 from moco_tf.errors import UsageError
 from moco_tf.files import write_file
-from moco_tf.train import (bn_group, build_method, check, image_mixture, normalized_in_input, normalizer, set_precision,
+from moco_tf.train import (bn_group, build_method, check, image_mixture, input_recipe, normalizer, set_precision,
                            versions, view_names, view_recipe)
 
 REQUIREMENTS = ("jax==0.10.2", "jaxlib==0.10.2", "libtpu==0.0.52")    # tried together
@@ -45,7 +46,13 @@ COLLECTIVE = re.compile(r"^\s*(?:ROOT )?%?\S+ = (.*?) "
                         r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-done)?\((.*)$", re.M)
 # One that is spread over several fusions stands in each of them, with the same name in its metadata.
 SPREAD = re.compile(r'chain_id=.*op_name="([^"]*)"')
-SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
+ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([^}]*)\})?")    # the layout last: S(...) is not HBM
+COMPUTATION = re.compile(r"^(ENTRY )?%?(\S+) \([^\n]*\{\n(.*?)^\}", re.M | re.S)
+INSTRUCTION = re.compile(r"^ +(ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*?)\)(.*)$", re.M)
+CALLED = re.compile(r"\b(?:calls|body|to_apply|branch_computations)=\{?(%[^\s,}]+(?:, %[^\s,}]+)*)")
+WITHOUT_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
+CUTS = ("slice", "dynamic-slice", "gather")                 # read as much as they give
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}         # in place; write as much as this operand has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Chip:
 # v2 point to "A Domain-Specific Supercomputer for Training Deep Neural Networks" (doi 10.1145/3360307).
 CHIPS = {"v2": Chip(16 * 2 ** 30, 46e12, 700e9), "v3": Chip(32 * 2 ** 30, 123e12, 900e9),
          "v4": Chip(32 * 2 ** 30, 275e12, 1200e9), "v5e": Chip(16e9, 197e12, 819e9),
-         "v5p": Chip(95e9, 459e12, 2765e9), "v6e": Chip(32e9, 918e12, 1640e9)}
+         "v5p": Chip(95e9, 459e12, 2765e9), "v6e": Chip(32e9, 918e12, 1638e9)}
 
 
 # ---------------------------------------------------------------------------------------------- a step as HLO
@@ -86,7 +93,7 @@ def lower(config, replicas, images=IMAGENET):
         method = build_method(config, steps_per_epoch=images // config.batch_size or 1,
                               normalize_views=normalizer(recipe))
     # The views of any source have the shapes of these.
-    views = training_batches(open_source("embedded"), recipe.normalized() if normalized_in_input(config) else recipe,
+    views = training_batches(open_source("embedded"), input_recipe(config, recipe),
                              config.batch_size, steps_per_epoch=1, seed=0, shuffle=config.shuffle_bn == "input",
                              bn_group_size=bn_group(config, replicas), repeats=config.data.repeats,
                              mixture=image_mixture(config), replicas=replicas).element_spec
@@ -202,13 +209,14 @@ def ask_compiler(python, topology, hlo=None, cache=None, say=print):
         python: of the second environment.
         topology: such as "v5e:4x8".
         hlo: the serialized program; None: only the topology is looked at.
-        cache: folder where the reports of programs are kept.
+        cache: folder where the reports of programs are kept, and the compiled programs.
         say: hears a line every half minute.
     """
     asked = "\n".join([topology, *REQUIREMENTS]).encode() + COMPILER.read_bytes() + (hlo or b"")
     kept = pathlib.Path(cache, f"{hashlib.sha256(asked).hexdigest()[:32]}.json") if cache and hlo else None
-    if kept and kept.is_file():
-        return dict(json.loads(kept.read_text()), reused=True)
+    text = kept and kept.with_suffix(".txt.gz")
+    if kept and text.is_file():
+        return _with_program(dict(json.loads(kept.read_text()), reused=True), gzip.decompress(text.read_bytes()))
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
         out, log, program, result = (pathlib.Path(folder, name) for name in ("out.json", "log", "step.hlo", "out.txt"))
@@ -228,14 +236,21 @@ def ask_compiler(python, topology, hlo=None, cache=None, say=print):
             raise UsageError(f"The TPU compiler must finish. Received: exit code {process.returncode}, "
                              f"{_last_line(log.read_text())}. Exit code -9 means that memory ran out.")
         report = json.loads(out.read_text())
-        if result.is_file():
-            report["collectives"] = collectives(result.read_text())
+        compiled = result.read_bytes() if result.is_file() else b""
     report["compile_seconds"] = round(time.time() - began, 1)
     if kept:
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_file(str(kept), json.dumps(report))
-    return report
+        write_file(str(text), gzip.compress(compiled))    # last: where it is, the report is
+    return _with_program(report, compiled)
 
+
+def _with_program(report, compiled):
+    text = compiled.decode()
+    return {**report, "collectives": collectives(text), "hbm_bytes": hbm_bytes(text)} if text else report
+
+
+# ---------------------------------------------------------------------------------------------- a compiled program
 
 def collectives(text):
     """The collectives of a compiled program, in order: kind, and shapes and bytes of their results.
@@ -249,11 +264,117 @@ def collectives(text):
         if spread and spread[1] in seen:
             continue
         seen.add(spread and spread[1])
-        shapes = [(name, int(bits or 8) // 8, [int(size) for size in sizes.split(",") if size])
-                  for name, bits, sizes in SHAPE.findall(result)]
-        found.append({"kind": kind, "shapes": [f"{name}[{','.join(map(str, sizes))}]" for name, _, sizes in shapes],
-                      "bytes": sum(width * math.prod(sizes) for _, width, sizes in shapes)})
+        found.append({"kind": kind, "shapes": [f"{name}[{sizes}]" for name, _, sizes, _ in ARRAY.findall(result)],
+                      "bytes": sum(size for size, _ in _arrays(result))})
     return found
+
+
+def hbm_bytes(text):
+    """Bytes that a compiled program reads from HBM and writes to it.
+
+    Each operation counts the arrays that it reads and writes there, whole, and once; one that cuts a piece out of an
+    array, or puts one in, the piece. What stays on the chip, within a fusion or between operations, counts nothing. Of
+    the branches of a condition the one that moves most counts, the body of a loop once.
+
+    Args:
+        text: HLO, as XLA prints it.
+    """
+    return _Program(text).traffic()
+
+
+def _arrays(text):
+    """[(bytes, whether in HBM)] of the arrays that a shape consists of."""
+    return [(int(bits or 8) * math.prod(int(size) for size in sizes.split(",") if size) // 8, "S(" not in layout)
+            for _, bits, sizes, layout in ARRAY.findall(text)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    opcode: str
+    arrays: list      # of the result: [(bytes, whether in HBM)]
+    operands: list    # names; of a parameter its number
+    called: list      # names of computations
+
+    @property
+    def size(self):
+        return sum(size for size, _ in self.arrays)
+
+    @property
+    def in_hbm(self):
+        return sum(size for size, here in self.arrays if here)
+
+
+class _Program:
+    def __init__(self, text):
+        self.computations, self.roots = {}, {}    # {name: {name: instruction}}, {name: instruction}
+        for entry, name, body in COMPUTATION.findall(text):
+            self.computations[name] = {}
+            for root, label, shape, opcode, operands, rest in INSTRUCTION.findall(body):
+                called = CALLED.search(rest)
+                instruction = self.computations[name][label] = _Instruction(
+                    opcode, _arrays(shape), re.findall(r"%([^\s,)]+)", operands) or [operands],
+                    called[1].replace("%", "").split(", ") if called else [])
+                if root:
+                    self.roots[name] = instruction
+            if entry:
+                self.entry = name
+
+    def traffic(self, name=None):
+        body = self.computations[name or self.entry]
+        return sum(self._of(instruction, body) for instruction in body.values())
+
+    def _of(self, it, body):
+        opcode, operands = it.opcode, it.operands
+        if opcode.endswith("-start") or opcode in WITHOUT_TRAFFIC:
+            return 0
+        if opcode.endswith("-done"):    # what the start of its name has been given
+            opcode, operands = opcode[:-len("-done")], body[operands[0]].operands
+        if opcode in ("while", "call"):
+            return self.traffic(it.called[0])
+        if opcode == "conditional":
+            return max(map(self.traffic, it.called))
+        if opcode == "fusion":
+            inner = self.computations[it.called[0]]
+            return self._written(self.roots[it.called[0]], inner) + sum(
+                min(given.in_hbm, self._needed(label, it.called[0]))
+                for label, given in inner.items() if given.opcode == "parameter")
+        given = [body[operand] for operand in operands if operand in body]
+        if opcode in CUTS:
+            return it.in_hbm + (it.size if given[0].in_hbm else 0) + sum(other.in_hbm for other in given[1:])
+        if opcode in UPDATES:
+            return self._written(it, body) + sum(other.in_hbm for other in given[1:])
+        return it.in_hbm + sum(each.in_hbm for each in given)
+
+    def _needed(self, label, name):
+        """Bytes of an array that a fused computation uses."""
+        body = self.computations[name]
+        whole = body[label].size
+        needed = whole if self.roots[name] is body[label] else 0
+        for other, it in body.items():
+            for place in [place for place, operand in enumerate(it.operands) if operand == label]:
+                if it.opcode in CUTS and place == 0:
+                    needed += it.size
+                elif it.opcode in ("bitcast", "reshape", "transpose"):
+                    needed += self._needed(other, name)
+                elif it.opcode == "fusion":
+                    inner = self.computations[it.called[0]]
+                    needed += self._needed(next(label for label, given in inner.items() if given.opcode == "parameter"
+                                                and given.operands == [str(place)]), it.called[0])
+                elif it.opcode not in UPDATES or place > 0:
+                    needed += whole
+        return min(needed, whole)
+
+    def _written(self, it, body):
+        """Bytes of an instruction's result in HBM that are new."""
+        if it.opcode == "tuple":
+            return sum(self._written(body[operand], body) for operand in it.operands)
+        if not it.in_hbm:
+            return 0
+        if it.opcode == "bitcast":
+            return self._written(body[it.operands[0]], body)
+        if it.opcode == "fusion":
+            return self._written(self.roots[it.called[0]], self.computations[it.called[0]])
+        return body[it.operands[UPDATES[it.opcode]]].size if it.opcode in UPDATES else it.in_hbm
 
 
 # ---------------------------------------------------------------------------------------------- what it means
@@ -267,7 +388,7 @@ def preflight(config, topology, images=IMAGENET, home=HOME, environment=None, la
         images: in the training data, for a memory bank.
         home: folder for the reports of programs compiled before, and for the second environment.
         environment: folder of the second environment; None: in `home`.
-        largest: also find the largest batch per core that fits, at some ten compilations.
+        largest: also find the largest batch per core that fits, at some five more compilations.
         say: hears what is going on, line by line.
 
     Returns:
@@ -313,7 +434,11 @@ def preflight(config, topology, images=IMAGENET, home=HOME, environment=None, la
             say(f"{groups * group} images per core: {_first_line(error) if error else 'compiles'}")
             return not error
 
-        report["largest_batch_per_core"] = group * bisect(fits, max(1, report["batch_per_core"] // group))
+        likely = report["batch_per_core"]
+        if "error" not in report:    # what the batch needs grows with it
+            memory = report["memory"]
+            likely *= 1 + (memory["capacity"] - memory["total"]) / memory["temporaries"]
+        report["largest_batch_per_core"] = group * bisect(fits, max(1, int(likely) // group))
     return report
 
 
@@ -334,11 +459,11 @@ def interpreted(answer, chip, slice_, batch_size):
     memory["total"] = sum(memory.values()) - 2 * memory["aliased"]    # outputs in the place of arguments count once
     memory["capacity"] = chip.memory * share
     seconds = {"arithmetic": answer["flops"] / (chip.flops * share),
-               "memory": answer["bytes_accessed"] / (chip.bandwidth * share)}
+               "memory": answer["hbm_bytes"] / (chip.bandwidth * share)}
     fastest = max(seconds.values())
     moved = [dict(collective, sent=sent_per_core(collective["kind"], collective["bytes"], cores))
              for collective in answer["collectives"]]
-    return {**result, "memory": memory, "operations": answer["flops"], "bytes_accessed": answer["bytes_accessed"],
+    return {**result, "memory": memory, "operations": answer["flops"], "hbm_bytes": answer["hbm_bytes"],
             "least_seconds": seconds, "bound": max(seconds, key=seconds.get),
             "most_images_per_s": {"core": batch_size / cores / fastest, "slice": batch_size / fastest},
             "collectives": moved}
@@ -358,16 +483,22 @@ def out_of_memory(error):
 def bisect(fits, start):
     """The largest positive integer that `fits`, which holds up to some number and then no more; 0: none does.
 
-    Steps away from `start` by factors of two, then halves what is left.
+    Steps away from `start`, which is near it, by an eighth and then by twice as much each time; halves what is left.
     """
     low, high = 0, None
-    candidate = start
+    candidate, step = start, max(1, start // 8)
     while high is None or high - low > 1:
         if fits(candidate):
             low = candidate
         else:
             high = candidate
-        candidate = 2 * low if high is None else (low + high) // 2 if low else high // 2
+        if high is None:
+            candidate = low + step
+        elif low or high <= step:
+            candidate = (low + high) // 2
+        else:
+            candidate = high - step
+        step *= 2
     return low
 
 
@@ -375,7 +506,7 @@ def bisect(fits, start):
 
 def table(name, report):
     """The report as a table in Markdown: what is of one core, but for the last column."""
-    titles = ("recipe", "slice", "batch, per core", "memory, of GB", "operations", "bytes",
+    titles = ("recipe", "slice", "batch, per core", "memory, of GB", "operations", "HBM bytes",
               "least ms: arithmetic, memory", "all-reduce, all-gather MB", "most images/s: core, slice")
     if "error" in report:
         row = [_first_line(report["error"]), *[""] * (len(titles) - 4)]
@@ -384,7 +515,7 @@ def table(name, report):
         moved = [sum(c["bytes"] for c in report["collectives"] if c["kind"] == kind) / 1e6
                  for kind in ("all-reduce", "all-gather")]
         row = [f"{memory['total'] / 1e9:.2f}, {memory['capacity'] / 1e9:.1f}", f"{report['operations']:.3g}",
-               f"{report['bytes_accessed']:.3g}", f"{1e3 * least['arithmetic']:.1f}, {1e3 * least['memory']:.1f}",
+               f"{report['hbm_bytes']:.3g}", f"{1e3 * least['arithmetic']:.1f}, {1e3 * least['memory']:.1f}",
                f"{moved[0]:.1f}, {moved[1]:.2f}", f"{most['core']:,.0f}, {most['slice']:,.0f}"]
     row = [f"`{name}` {report['precision']}", report["topology"],
            f"{report['batch_size']}, {report['batch_per_core']}", *row]
@@ -410,7 +541,7 @@ def _figures(report):
         + ", ".join(f"{name} {memory[name] / 1e9:.3f}" for name in ("arguments", "outputs", "temporaries", "code"))
         + f"; of the outputs {memory['aliased'] / 1e9:.3f} in place of arguments",
         f"  operations  {report['operations']:.3g}, at least {1e3 * least['arithmetic']:.1f} ms",
-        f"  HBM         {report['bytes_accessed']:.3g} bytes, at least {1e3 * least['memory']:.1f} ms",
+        f"  HBM         {report['hbm_bytes']:.3g} bytes, at least {1e3 * least['memory']:.1f} ms",
         f"  so at most  {most['core']:,.0f} images/s, {most['slice']:,.0f} on the slice; the limit is "
         f"{'arithmetic' if report['bound'] == 'arithmetic' else 'memory traffic'}"]
     for kind in sorted({collective["kind"] for collective in report["collectives"]}):
@@ -460,10 +591,10 @@ def command(argv):
     flags.DEFINE_string("home", HOME, "Folder for reports of programs compiled before.", flag_values=values)
     flags.DEFINE_string("out", None, "File for the report as JSON.", flag_values=values)
     flags.DEFINE_bool("markdown", False, "Prints the report as a table.", flag_values=values)
-    flags.DEFINE_bool("largest", False, "Also finds the largest batch per core that fits; some ten compilations.",
+    flags.DEFINE_bool("largest", False, "Also finds the largest batch per core that fits; some five more compilations.",
                       flag_values=values)
     config, _ = cli._parse(argv, values, config=True, required=("config", "topology"))
-    if "method" not in config:
+    if "backbone" not in config:
         raise UsageError(f"preflight takes a recipe of a pre-training. Received: {values.config}.")
     if values.out and not os.path.isdir(os.path.dirname(values.out) or "."):
         raise UsageError(f"--out must be a file in a folder that there is. Received: {values.out}.")

@@ -123,6 +123,21 @@ def normalized_in_input(config):
     return config.data.normalize == "input" or image_mixture(config) is not None
 
 
+def input_recipe(config, recipe):
+    """The recipe of the pipeline, of a config whose views are those of `recipe`: of levels, of normalised views, or of
+    crops.
+
+    Raises:
+        UsageError: views that cannot be drawn so.
+    """
+    if not config.data.device_views:
+        return recipe.normalized() if normalized_in_input(config) else recipe
+    if normalized_in_input(config):
+        raise UsageError("data.device_views hands out crops, and the pipeline cannot normalise or mix those. Received: "
+                         f"data.normalize {config.data.normalize}, mixture {config.mixture.name}. Leave one of them out.")
+    return recipe.crops()
+
+
 def set_precision(precision):
     if precision not in PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(PRECISIONS)}. Received: {precision!r}.")
@@ -162,6 +177,7 @@ def build_method(config, steps_per_epoch, normalize_views=None):
         methods[config.method.name] = construct({"unmix": unmixed}, config.mixture, "mixture", dict(seed=config.seed),
                                                 method=METHODS[config.method.name])
     method = construct(methods, config.method, "method", offered, encoder=build_encoder(config),
+                       finish=view_recipe(config).finish if config.data.device_views else None,
                        **step_options(config, normalize_views))
     return compile_method(method, config, steps_per_epoch)
 
@@ -367,7 +383,7 @@ class Outcome:
 
 
 def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), view_names=("image",),
-        steps_per_epoch=0, encoder="", normalized=False, data_service="", **batch_options):
+        steps_per_epoch=0, encoder="", drawn=None, data_service="", **batch_options):
     """Trains a method in a workdir to its last step; a workdir that holds the same run is resumed.
 
     Args:
@@ -383,7 +399,7 @@ def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), v
         view_names: that the method takes.
         steps_per_epoch: 0: as many whole batches as there are.
         encoder: as of `open_workdir`.
-        normalized: whether the pipeline normalises the views, and not the step.
+        drawn: the recipe of what the pipeline hands out, as of `input_recipe`; None: `recipe`.
         data_service: "grpc://HOST:PORT" of a tf.data service that makes the views.
         batch_options: further arguments of `training_batches`.
 
@@ -427,7 +443,7 @@ def fit(config, workdir, strategy, train, recipe, build, monitor_of, lines=(), v
         unreadable=unreadable, **batch_options)
 
     def batches(context):
-        return draw(recipe=recipe.normalized() if normalized else recipe, context=context, clock=clock, service=service,
+        return draw(recipe=drawn or recipe, context=context, clock=clock, service=service,
                     replicas=replicas // context.num_input_pipelines)
 
     log = Log(first_step, total_steps, steps_per_epoch, config.batch_size, config.log.every_steps,
@@ -536,7 +552,7 @@ def _pretrain(config, workdir, strategy, reason, data_service):
                   monitor_of=monitor_of,
                   lines=_announcement(config, train, held_out, strategy, reason),
                   view_names=view_names(config), shuffle=config.shuffle_bn == "input", repeats=config.data.repeats,
-                  mixture=image_mixture(config), normalized=normalized_in_input(config), data_service=data_service)
+                  mixture=image_mixture(config), drawn=input_recipe(config, recipe), data_service=data_service)
     if measures and config.log.embeddings:
         write_projector(workdir, *measures[0].whole_images(measures[0].queries))
     return write_results(config, workdir, outcome, train, strategy.num_replicas_in_sync,

@@ -52,6 +52,12 @@ def test_a_finished_run_is_not_trained_again(finished):
     assert json.loads(results)["images_per_s"] == json.loads((finished[0] / "results.json").read_text())["images_per_s"]
 
 
+def test_a_run_whose_step_finishes_the_views_is_the_same(finished, tmp_path):
+    done = pretrain(tmp_path / "run", "--config.data.device_views=true")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", finished[0])
+
+
 def test_a_killed_run_ends_as_one_that_was_not(finished, tmp_path):
     code, _ = start_and_stop_at(15, ["pretrain", *WHOLE], tmp_path / "run", signal.SIGKILL)
     assert code == -signal.SIGKILL

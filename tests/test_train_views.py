@@ -77,6 +77,8 @@ def test_wrong_choices_are_named():
         train.image_mixture(config)
     with pytest.raises(UsageError, match="data.normalize must be one of step, input. Received: 'host'"):
         train.normalized_in_input(config_of(data__normalize="host"))
+    with pytest.raises(UsageError, match="cannot normalise or mix those. Received: data.normalize step, mixture im"):
+        train.input_recipe(config_of(data__device_views=True, mixture__name="im"), RECIPES["moco_v2"]())
     assert train.image_mixture(config_of()) is None and train.image_mixture(config_of(mixture__name="unmix")) is None
     assert not train.normalized_in_input(config_of()) and train.normalized_in_input(config_of(mixture__name="im"))
     assert train.normalized_in_input(config_of(data__normalize="input"))

@@ -14,6 +14,7 @@ import tensorflow as tf
 from moco_tf.data.sources import INTERLEAVED_SHARDS, SHUFFLE_BUFFER, Records, epoch_key
 from moco_tf.errors import DataError, UsageError
 from moco_tf.shuffling import key_permutation, positions
+from moco_tf.views.recipes import numbers_of
 
 FOREVER = tf.int64.max
 CLOCK_SLOTS = 1024
@@ -108,7 +109,7 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
 
     Returns:
         A dataset of one replica's share a time, replica after replica: the views by their names, (N, S, S, C) of their
-        dtype, "index" (N,) int64, and where there is a view "key" also "key_position" (N,) int32.
+        dtype (of a `cropped` recipe also their numbers), "index" (N,) int64, and where there is a view "key" also "key_position" (N,) int32.
 
     Raises:
         UsageError: the recipe does not take images of the source's number of channels.
@@ -157,7 +158,7 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
         if "key" in batch:
             order = key_permutation(seed, step, here, group) if shuffle else tf.range(here)
             batch["key_position"] = host * here + positions(order)
-            batch["key"] = tf.gather(batch["key"], order)
+            batch.update({name: tf.gather(batch[name], order) for name in ("key", numbers_of("key")) if name in batch})
         if clock:
             batch = clock.stamp(step, batch)
         return {name: tf.reshape(value, [replicas, here // replicas, *value.shape[1:]])

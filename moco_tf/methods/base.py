@@ -20,6 +20,7 @@ class Method(keras.Model):
     Args:
         encoder: the query encoder, images (N, S, S, 3) -> (N, C).
         normalize: the step's first op, uint8 views -> what the encoder takes; None: views come normalised.
+        finish: before it, a batch of crops -> a batch of whole views (`Recipe.finish`); None: views come whole.
         clip_norm: > 0 scales gradients down to this global norm.
         loss_scaling: for float16: multiplies the loss by a factor that halves on overflow and doubles after
             2,000 good steps; gradients are divided by it.
@@ -28,10 +29,10 @@ class Method(keras.Model):
     view_names = ()
     query_names = ("query",)    # the views that queries are made of
 
-    def __init__(self, encoder, normalize=None, clip_norm=0.0, loss_scaling=False, **kwargs):
+    def __init__(self, encoder, normalize=None, finish=None, clip_norm=0.0, loss_scaling=False, **kwargs):
         super().__init__(**kwargs)
         self.encoder = encoder
-        self.normalize = normalize
+        self.normalize, self.finish = normalize, finish
         self.clip_norm = clip_norm
         self.loss_scaling = loss_scaling
         self.distribute_reduction_method = "first"    # the step returns means over the replicas already
@@ -79,11 +80,16 @@ class Method(keras.Model):
         """The loss of guessing, in nats, with so many images in the global batch."""
         raise NotImplementedError(f"{type(self).__name__} must define chance_loss")
 
+    def prepared(self, views):
+        """What the pipeline hands out -> what the hooks get: views whole and normalised."""
+        views = self.finish(views) if self.finish else views
+        return {name: self.normalize(view) if self.normalize and view.dtype == tf.uint8 else view
+                for name, view in views.items()}
+
     @tf.autograph.experimental.do_not_convert    # which would take longer than to trace the step
     def train_step(self, views):
         """One step on a dict of views; returns scalars, equal on all replicas."""
-        views = {name: self.normalize(view) if self.normalize and view.dtype == tf.uint8 else view
-                 for name, view in views.items()}
+        views = self.prepared(views)
         with tf.GradientTape() as tape:
             keys = self.encode_keys(views)
             losses, outputs = self.contrastive_loss(views, keys)

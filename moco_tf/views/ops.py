@@ -1,12 +1,12 @@
 """What a view does to an image, as torchvision and Pillow define it.
 
-Colour functions work on *planes*: (3, H, W) float32, red, green and blue, 0..255. The planes come first because a last
-axis of 3 defeats vectorisation. With `levels` true (the default) every function returns whole grey levels by Pillow's
+Colour functions work on *planes*: (3, H, W) float32, red, green and blue, 0..255; or (3, B, H, W) of a batch, with
+(B, 1, 1) for each number. The planes come first because a last axis of 3 defeats vectorisation. With `levels` true (the default) every function returns whole grey levels by Pillow's
 arithmetic, which is what the published recipes ran; false gives torchvision's real-valued formulas for tensors.
 Geometry takes images of any number of channels.
 
-Random stages are functions (planes, seed) -> planes made by `random_*`. Their numbers depend on the seed alone and are
-the same with and without XLA.
+Random stages (`Stage`) are made by `random_*`. Their numbers depend on the seed alone and are the same with and without
+XLA.
 """
 
 import collections
@@ -45,13 +45,15 @@ def split(seed, count):
 
 
 def to_planes(image):
-    """(H, W, C) uint8 -> (C, H, W) float32."""
-    return tf.transpose(tf.cast(image, tf.float32), [2, 0, 1])
+    """(..., H, W, C) uint8 -> (C, ..., H, W) float32."""
+    last = image.shape.rank - 1
+    return tf.transpose(tf.cast(image, tf.float32), [last, *range(last)])
 
 
 def to_image(planes):
-    """(C, H, W) whole levels, float32 -> (H, W, C) uint8."""
-    return tf.transpose(tf.cast(planes, tf.uint8), [1, 2, 0])
+    """(C, ..., H, W) whole levels, float32 -> (..., H, W, C) uint8."""
+    rank = planes.shape.rank
+    return tf.transpose(tf.cast(planes, tf.uint8), [*range(1, rank), 0])
 
 
 def nearest(x):
@@ -296,7 +298,7 @@ def brightness(planes, factor, levels=True):
 
 def contrast(planes, factor, levels=True):
     """Scales the distance of all levels from the mean luma by `factor`."""
-    mean = tf.reduce_mean(grey(planes, levels))
+    mean = tf.reduce_mean(grey(planes, levels), [-2, -1], keepdims=True)
     return blend(planes, tf.floor(mean + 0.5) if levels else mean, factor, levels)
 
 
@@ -324,7 +326,7 @@ def hue(planes, turn, levels=True):
     else:
         sixths = _wrap(sixths + 6.0 * turn, 6.0)
     # How far each plane is from its sector of full value, in sixths of the circle: red's sector is around 0.
-    offset = _wrap(tf.constant([5.0, 3.0, 1.0])[:, None, None] + sixths, 6.0)
+    offset = _wrap(tf.reshape([5.0, 3.0, 1.0], [3] + [1] * sixths.shape.rank) + sixths, 6.0)
     turned = value - value * fraction * tf.clip_by_value(tf.minimum(offset, 4.0 - offset), 0.0, 1.0)
     return tf.floor(turned + 0.5) if levels else turned
 
@@ -396,20 +398,29 @@ def blur(planes, sigma, levels=True):
     """Pillow's GaussianBlur(sigma), 0 < sigma < `MAX_SIGMA`: three box blurs along rows, then three along columns.
 
     Both run along the first axis of a matrix, where repeated edges are whole rows and XLA vectorises everything.
+
+    Args:
+        planes: (3, H, W), or (3, B, H, W).
+        sigma: (), or (B, 1, 1).
     """
-    weights = box_weights(sigma)
-    _, height, width = planes.shape
+    *several, height, width = planes.shape
+    count = math.prod(several)
 
     def three(lines):
+        weights = box_weights(sigma)
+        if len(several) > 1:    # a weight for each column
+            weights = [tf.tile(tf.repeat(tf.reshape(w, [-1]), lines.shape[1] // count), [several[0]]) for w in weights]
+
         # A loop, because XLA would otherwise fuse the passes and compute each again for every tap of the next.
         def one(i, lines):
             return i + 1, box_blur(lines, weights, levels)
         return tf.while_loop(lambda i, _: i < _BOX_PASSES, one, (0, _repeat_edges(lines)))[1][2:-2]
 
-    columns = tf.reshape(tf.transpose(planes, [2, 0, 1]), [width, 3 * height])
-    rows = tf.transpose(tf.reshape(three(columns), [width, 3, height]), [2, 1, 0])
-    rows = tf.reshape(three(tf.reshape(rows, [height, 3 * width])), [height, 3, width])
-    return tf.transpose(rows, [1, 0, 2])
+    columns = tf.transpose(tf.reshape(planes, [count, height, width]), [2, 0, 1])
+    columns = three(tf.reshape(columns, [width, count * height]))
+    rows = tf.transpose(tf.reshape(columns, [width, count, height]), [2, 1, 0])
+    rows = three(tf.reshape(rows, [height, count * width]))
+    return tf.reshape(tf.transpose(tf.reshape(rows, [height, count, width]), [1, 0, 2]), planes.shape)
 
 
 def solarize(planes, threshold=128):
@@ -419,10 +430,39 @@ def solarize(planes, threshold=128):
 
 def flip(planes):
     """Left to right."""
-    return tf.reverse(planes, [2])
+    return tf.reverse(planes, [-1])
 
 
 # --- random stages ---
+
+
+class Stage:
+    """A change that a view goes through at random: (planes, seed (2,)) -> planes of one image.
+
+    Args:
+        name: for tables.
+        probability: of the change; otherwise the planes stay what they are.
+        change: (planes, numbers) -> planes; `numbers` (count,) uniform in [0, 1).
+        count: of the numbers.
+        change_batch: the same of planes (3, B, H, W), each of the numbers (B, 1, 1); None: `change` takes them.
+    """
+
+    def __init__(self, name, probability, change, count=0, change_batch=None):
+        self.name, self.probability, self.count = name, probability, count
+        self._change, self._change_batch = change, change_batch or change
+
+    def __call__(self, planes, seed):
+        numbers = self.draw(seed)
+        return tf.cond(numbers[0] < self.probability, lambda: self._change(planes, numbers[1:]), lambda: planes)
+
+    def draw(self, seed):
+        """The (1 + count,) numbers that decide whether, and what."""
+        return uniform(seed, [1 + self.count])
+
+    def of_batch(self, planes, numbers):
+        """As a call, of planes (3, B, H, W) and what was drawn for each image, (B, 1 + count)."""
+        numbers = [column[:, None, None] for column in tf.unstack(numbers, axis=1)]
+        return tf.where(numbers[0] < self.probability, self._change_batch(planes, numbers[1:]), planes)
 
 
 def random_jitter(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, probability=1.0):
@@ -434,45 +474,50 @@ def random_jitter(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, probabi
     names = [name for name, strength in strengths.items() if strength]
     middle = {name: 0.0 if name == "hue" else 1.0 for name in names}
     low = tf.constant([max(middle[n] - strengths[n], -0.5 if n == "hue" else 0.0) for n in names])
-    high = tf.constant([middle[n] + strengths[n] for n in names])
-    orders = list(itertools.permutations(range(len(names))))
+    span = tf.constant([middle[n] + strengths[n] for n in names]) - low
+    orders = tf.constant(list(itertools.permutations(range(len(names)))))
+
+    def order_of(number):
+        return tf.gather(orders, tf.cast(number * orders.shape[0], tf.int32))
 
     def change(planes, numbers):
-        order = tf.gather(tf.constant(orders), tf.cast(numbers[-1] * len(orders), tf.int32))
-        return jitter(planes, names, low + (high - low) * numbers[:-1], order)
-    return _sometimes(probability, change, len(names) + 1) if names else _unchanged
+        return jitter(planes, names, low + span * numbers[:-1], order_of(numbers[-1]))
+
+    def change_batch(planes, numbers):
+        order = order_of(numbers[-1])    # (B, 1, 1, n)
+        for place in range(len(names)):
+            before = planes
+            for k, name in enumerate(names):
+                adjusted = JITTERS[name](before, low[k] + span[k] * numbers[k])
+                planes = tf.where(order[..., place] == k, adjusted, planes)
+        return planes
+
+    return Stage("jitter", probability if names else 0.0, change if names else _unchanged,
+                 len(names) + 1 if names else 0, change_batch if names else None)
 
 
 def random_grayscale(probability):
-    return _sometimes(probability, lambda planes, _: grayscale(planes))
+    return Stage("grayscale", probability, lambda planes, _: grayscale(planes))
 
 
 def random_flip(probability):
-    return _sometimes(probability, lambda planes, _: flip(planes))
+    return Stage("flip", probability, lambda planes, _: flip(planes))
 
 
 def random_solarize(probability):
-    return _sometimes(probability, lambda planes, _: solarize(planes))
+    return Stage("solarize", probability, lambda planes, _: solarize(planes))
 
 
 def random_blur(sigma, probability=1.0):
     """Pillow's Gaussian blur, `sigma` (least, most) in pixels of the view, below `MAX_SIGMA`."""
     if not 0.0 < sigma[0] <= sigma[1] < MAX_SIGMA:
         raise UsageError(f"The blur is built for 0 < sigma < {MAX_SIGMA:.2f} pixels. Received: sigma {sigma}.")
-    return _sometimes(
-        probability, lambda planes, numbers: blur(planes, sigma[0] + (sigma[1] - sigma[0]) * numbers[0]), 1)
+    return Stage("blur", probability,
+                 lambda planes, numbers: blur(planes, sigma[0] + (sigma[1] - sigma[0]) * numbers[0]), 1)
 
 
-def _sometimes(probability, change, count=0):
-    """A stage that applies `change(planes, numbers)`, `count` uniform numbers, or returns its input untouched."""
-    def stage(planes, seed):
-        numbers = uniform(seed, [1 + count])
-        return tf.cond(numbers[0] < probability, lambda: change(planes, numbers[1:]), lambda: planes)
-    return stage
-
-
-def _unchanged(planes, seed):
-    del seed
+def _unchanged(planes, numbers):
+    del numbers
     return planes
 
 

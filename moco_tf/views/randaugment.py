@@ -152,7 +152,7 @@ def operations(planes, level, sign, fill):
 
 
 def random_augment(count, probability, magnitude, deviation, fill):
-    """RandAugment as a stage (planes, seed) -> planes.
+    """RandAugment as a stage (planes, seed) -> planes, of one image.
 
     Args:
         count: operations drawn for an image, with replacement.

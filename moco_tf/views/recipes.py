@@ -22,43 +22,66 @@ class View:
     Args:
         size: side of the view.
         crop: (shape, seed) -> Frame; `ops.random_crop` or `ops.central_crop`.
-        stages: (planes, seed) -> planes each.
+        stages: (planes, seed) -> planes each, mostly `ops.Stage`.
         xla: whether XLA compiles the stages. Without it they take several times as long and give the same levels.
         interpolation: of the resize, "bilinear" or "bicubic", antialiased.
         normalize: whole levels, planes (C, size, size) -> image (size, size, C), float32; None: the view is of uint8.
+        cropped: whether drawing a view ends with the resize, and `finish` does the stages.
 
     Raises:
-        UsageError: another interpolation.
+        UsageError: another interpolation; `cropped`, and a stage that batches cannot go through.
     """
 
-    def __init__(self, size, crop, stages=(), xla=True, interpolation="bilinear", normalize=None):
+    def __init__(self, size, crop, stages=(), xla=True, interpolation="bilinear", normalize=None, cropped=False):
         if interpolation not in ops.FILTERS:
             raise UsageError(f"An interpolation must be one of {', '.join(ops.FILTERS)}. Received: {interpolation!r}.")
+        if cropped and not all(isinstance(stage, ops.Stage) for stage in stages):
+            raise UsageError("data.device_views takes views whose stages a device can do for a batch. Received: views with "
+                             "RandAugment. Leave data.device_views out.")
         self.size, self.crop, self.stages, self.interpolation = size, crop, tuple(stages), interpolation
         self.dtype = tf.float32 if normalize else tf.uint8
-        self._xla, self._to_image = xla, normalize or ops.to_image
-        self._finish = tf.function(self._of_columns, autograph=False, jit_compile=xla)
+        self._xla, self._to_image, self._cropped = xla, normalize or ops.to_image, cropped
+        self._draw = tf.function(self._of_columns, autograph=False, jit_compile=xla)
+        self.finish = tf.function(self._finish, autograph=False, jit_compile=xla)
+        self.finish.__doc__ = self._finish.__doc__
 
     def normalized(self, normalize):
         """The same view with that as its last stage."""
         return View(self.size, self.crop, self.stages, self._xla, self.interpolation, normalize)
 
+    def cropped(self):
+        """The same view without its stages, which `finish` does."""
+        return View(self.size, self.crop, self.stages, self._xla, self.interpolation, cropped=True)
+
     def __call__(self, image, seed):
         """(H, W, C) uint8 of any size, (2,) int32 -> (size, size, C) of `dtype`."""
         frame = self.crop(tf.shape(image)[:2], self._seeds(seed)[0])
-        return self._finish(ops.resample(image, frame, self.size, self.interpolation), seed)
-
-    def _of_columns(self, columns, seed):
-        return self._run(tf.transpose(columns, [2, 1, 0]), seed)
+        return self._draw(ops.resample(image, frame, self.size, self.interpolation), seed)
 
     def of_shape(self, image, seed):
         """As a call, in operations that XLA can compile because `image` has a static shape."""
         frame = self.crop(tf.constant(list(image.shape[:2])), self._seeds(seed)[0])
         return self._run(ops.resample_planes(image, frame, self.size, self.interpolation), seed)
 
+    def numbers(self, seed):
+        """What the stages draw from a view's seed, (n,) float32."""
+        drawn = [stage.draw(stage_seed) for stage, stage_seed in zip(self.stages, tf.unstack(self._seeds(seed))[1:])]
+        return tf.concat([tf.zeros([0]), *drawn], axis=0)
+
+    def _finish(self, images, numbers):
+        """Does the stages: (B, size, size, C) uint8 that a `cropped` view has drawn, (B, n) of their `numbers` ->
+        (B, size, size, C) uint8, to the level what the view would be."""
+        planes = ops.to_planes(images)
+        for stage, own in zip(self.stages, tf.split(numbers, [1 + stage.count for stage in self.stages], axis=1)):
+            planes = stage.of_batch(planes, own)
+        return ops.to_image(planes)
+
+    def _of_columns(self, columns, seed):
+        return self._run(tf.transpose(columns, [2, 1, 0]), seed)
+
     def _run(self, planes, seed):
         planes = ops.nearest(planes)
-        for stage, stage_seed in zip(self.stages, tf.unstack(self._seeds(seed))[1:]):
+        for stage, stage_seed in zip(() if self._cropped else self.stages, tf.unstack(self._seeds(seed))[1:]):
             planes = stage(planes, stage_seed)
         return self._to_image(planes)
 
@@ -71,6 +94,7 @@ class Recipe:
 
     Attributes:
         views: {name: View}; all of one size.
+        cropped: whether the views are drawn without their stages, beside which come the numbers that `finish` needs.
         mean, std: of each channel on [0, 1]; None where there is a `space`.
         space: of `colour.SPACES`, whose constants normalise; None: the channels stay what they are.
         channels: of the images it takes, 3 where a stage or the space needs colours; None: any number.
@@ -79,18 +103,20 @@ class Recipe:
         UsageError: no such space.
     """
 
-    def __init__(self, views, mean=None, std=None, xla=True, space=None, channels=3):
+    def __init__(self, views, mean=None, std=None, xla=True, space=None, channels=3, cropped=False):
         if space is not None:
             colour.require_space(space)
         self.views, self.mean, self.std, self.xla = dict(views), mean, std, xla
-        self.space, self.channels = space, channels
+        self.space, self.channels, self.cropped = space, channels, cropped
         self.apply_batch = tf.function(self._apply_batch, autograph=False, jit_compile=xla)
         self.apply_batch.__doc__ = self._apply_batch.__doc__
 
     def apply(self, image, seed):
-        """(H, W, C) uint8, (2,) int32 -> {name: (S, S, C) of the views' dtype}; each view draws for itself."""
-        seeds = tf.unstack(ops.split(seed, len(self.views)))
-        return {name: view(image, s) for (name, view), s in zip(self.views.items(), seeds)}
+        """(H, W, C) uint8, (2,) int32 -> {name: (S, S, C) of the views' dtype}; each view draws for itself.
+
+        Where the recipe is `cropped`, also {numbers_of(name): (n,) float32}.
+        """
+        return self._drawn(seed, lambda view, view_seed: view(image, view_seed))
 
     def pair(self):
         """A recipe of two views, to retrieve one by the other: this one, or its only view drawn twice."""
@@ -98,6 +124,12 @@ class Recipe:
             return self
         (name, view), = self.views.items()
         return self._with({name: view, f"{name}_again": view})
+
+    def finish(self, batch):
+        """A batch of a `cropped` recipe -> the same with whole views, uint8; other entries pass."""
+        numbers = {name: batch[numbers_of(name)] for name in self.views}
+        rest = {name: value for name, value in batch.items() if name not in map(numbers_of, self.views)}
+        return {**rest, **{name: view.finish(batch[name], numbers[name]) for name, view in self.views.items()}}
 
     def normalize(self, images, dtype=tf.float32):
         """(B, S, S, C) uint8 -> what the encoder takes, of `dtype`; the arithmetic is at least float32."""
@@ -111,6 +143,11 @@ class Recipe:
         twins = {view: view.normalized(self._normalize_planes) for view in set(self.views.values())}
         return self._with({name: twins[view] for name, view in self.views.items()})
 
+    def crops(self):
+        """The `cropped` recipe of the same draws: its `finish` makes the views that this one draws."""
+        twins = {view: view.cropped() for view in set(self.views.values())}
+        return self._with({name: twins[view] for name, view in self.views.items()}, cropped=True)
+
     def require_channels(self, channels):
         """Raises UsageError where the recipe does not take images of so many channels."""
         if self.channels not in (None, channels):
@@ -122,8 +159,14 @@ class Recipe:
             return ops.interleave(colour.normalized(planes, self.space))
         return tf.transpose(ops.normalize_planes(planes, self.mean, self.std), [1, 2, 0])
 
-    def _with(self, views):
-        return Recipe(views, self.mean, self.std, self.xla, self.space, self.channels)
+    def _with(self, views, cropped=False):
+        return Recipe(views, self.mean, self.std, self.xla, self.space, self.channels, cropped)
+
+    def _drawn(self, seed, draw):
+        """{name: draw(view, its seed)}, and the numbers."""
+        seeds = dict(zip(self.views, tf.unstack(ops.split(seed, len(self.views)))))
+        numbers = {numbers_of(name): view.numbers(seeds[name]) for name, view in self.views.items() if self.cropped}
+        return {**{name: draw(view, seeds[name]) for name, view in self.views.items()}, **numbers}
 
     def _apply_batch(self, images, seeds):
         """(n, H, W, C) uint8 of static shape, (n, 2) int32 -> {name: (n, S, S, C)}, as `apply` of each.
@@ -132,12 +175,19 @@ class Recipe:
         """
         def one(example):
             image, seed = example
-            per_view = tf.unstack(ops.split(seed, len(self.views)))
-            return {name: view.of_shape(image, s) for (name, view), s in zip(self.views.items(), per_view)}
+            return self._drawn(seed, lambda view, view_seed: view.of_shape(image, view_seed))
 
-        return tf.map_fn(one, (images, seeds), fn_output_signature={
-            name: tf.TensorSpec([view.size, view.size, images.shape[-1]], view.dtype)
-            for name, view in self.views.items()})
+        signature = {name: tf.TensorSpec([view.size, view.size, images.shape[-1]], view.dtype)
+                     for name, view in self.views.items()}
+        if self.cropped:
+            signature.update({numbers_of(name): tf.TensorSpec([sum(1 + stage.count for stage in view.stages)])
+                              for name, view in self.views.items()})
+        return tf.map_fn(one, (images, seeds), fn_output_signature=signature)
+
+
+def numbers_of(name):
+    """What the numbers of a view's stages are called in a batch."""
+    return f"{name}_numbers"
 
 
 def _alike(view, statistics, xla):

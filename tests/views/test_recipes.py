@@ -178,6 +178,26 @@ def test_eval_may_be_bicubic(height, width):
     assert differences.max() <= 1 and np.mean(differences > 0) < 0.01
 
 
+@pytest.mark.parametrize("name, xla", [("moco_v1", True), ("moco_v2", False), ("moco_v3", True), ("cmc", True)])
+def test_a_device_finishes_crops_to_the_level_as_the_host_draws_views(name, xla):
+    recipe, count = RECIPES[name](size=32, xla=xla), 24
+    images, drawn = tf.constant(noise(count, 40, 48, 3)), seeds(count)
+    crops = recipe.crops()
+    one_by_one = [crops.apply(image, seed) for image, seed in zip(images, drawn)]
+    batch = {key: tf.stack([one[key] for one in one_by_one]) for key in one_by_one[0]}
+    for found in (crops.finish({**batch, "index": tf.range(count)}), crops.finish(crops.apply_batch(images, drawn))):
+        assert set(found) - {"index"} == set(recipe.views)
+        for view in recipe.views:
+            expected = tf.stack([recipe.apply(image, seed)[view] for image, seed in zip(images, drawn)])
+            np.testing.assert_array_equal(found[view], expected)
+            assert name == "cmc" or np.any(found[view] != batch[view])
+
+
+def test_a_device_does_not_finish_randaugment():
+    with pytest.raises(UsageError, match="RandAugment. Leave data.device_views out"):
+        RECIPES["deit"]().crops()
+
+
 def test_unknown_interpolation_is_refused():
     with pytest.raises(UsageError, match="one of bilinear, bicubic. Received: 'lanczos'"):
         RECIPES["eval"](interpolation="lanczos")

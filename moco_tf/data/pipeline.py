@@ -393,5 +393,6 @@ def _report(unreadable, readable, indexes):
 def _options():
     options = tf.data.Options()
     options.deterministic = True
+    options.experimental_optimization.inject_prefetch = False    # a second one, whose buffer grows with every wait
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     return options

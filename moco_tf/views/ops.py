@@ -53,6 +53,8 @@ def to_planes(image):
 def to_image(planes):
     """(C, ..., H, W) whole levels, float32 -> (..., H, W, C) uint8."""
     rank = planes.shape.rank
+    if rank == 3 and planes.shape[0] == 3:
+        return tf.cast(interleave(planes), tf.uint8)
     return tf.transpose(tf.cast(planes, tf.uint8), [*range(1, rank), 0])
 
 
@@ -63,7 +65,7 @@ def nearest(x):
 
 def interleave(planes):
     """(3, ...) of any dtype -> (..., 3). Compiled by XLA, a transposition would compute its planes unvectorised; this
-    selects instead, three times as fast after Lab."""
+    selects instead, three times as fast after Lab, and twice as fast after a jitter."""
     first, second, third = (plane[..., None] for plane in tf.unstack(planes))
     channel = tf.range(3)
     return tf.where(channel == 0, first, tf.where(channel == 1, second, third))
@@ -223,8 +225,8 @@ def resample(image, frame, size, interpolation="bilinear"):
     kernel, radius = FILTERS[interpolation]
     radius *= tf.maximum(frame.scale, 1.0)[:, None]
     centres = frame.start[:, None] + (tf.range(size, dtype=tf.float32) + 0.5) * frame.scale[:, None]
-    taps = tf.range(tf.cast(tf.math.ceil(2.0 * tf.reduce_max(radius)), tf.int32) + 1)
-    pixels = tf.cast(tf.floor(centres - radius), tf.int32)[:, :, None] + taps
+    taps = tf.range(tf.cast(2.0 * tf.reduce_max(radius), tf.int32) + 1)
+    pixels = tf.cast(tf.math.ceil(centres - radius - 0.5), tf.int32)[:, :, None] + taps
     weights = tf.reshape(filter_weights(frame, size, pixels, kernel), [2, -1])
     inputs = tf.reshape(tf.clip_by_value(pixels, 0, frame.length[:, None, None] - 1), [2, -1])
     outputs = tf.repeat(tf.range(size), tf.size(taps))

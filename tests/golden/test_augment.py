@@ -130,7 +130,7 @@ def test_resized_crops(photo):
         frame = ops.Frame(tf.constant([top, left]), tf.constant([height, width]), tf.zeros([2]),
                           tf.constant([height / size, width / size]))
         for key, interpolation in crops["filters"].items():
-            for planes in (tf.transpose(ops.resample(image, frame, size, interpolation), [2, 1, 0]),
+            for planes in (tf.transpose(ops.resample(image, frame, size, interpolation), [1, 2, 0]),
                            ops.resample_planes(image, frame, size, interpolation)):
                 within(error(ops.nearest(planes), photo[f"pil/{key}"][i]), tolerance["pil_levels"]["resized_crop"])
                 if f"tensor/{key}" in photo.keys("tensor/"):
@@ -142,7 +142,7 @@ def test_validation_crop(photo):
     validation, image = photo.settings["validation"], tf.constant(photo["rgb"])
     size = validation["center_crop"]
     frame = ops.central_crop(size, validation["resize"])(tf.shape(image)[:2], seed=None)
-    planes = tf.transpose(ops.nearest(ops.resample(image, frame, size)), [2, 1, 0])
+    planes = tf.transpose(ops.nearest(ops.resample(image, frame, size)), [1, 2, 0])
     within(error(planes, photo["pil/val_resize_centercrop"]), photo.settings["tolerance"]["pil_levels"]["resized_crop"])
 
 

@@ -247,7 +247,11 @@ def ask_compiler(python, topology, hlo=None, cache=None, say=print):
 
 def _with_program(report, compiled):
     text = compiled.decode()
-    return {**report, "collectives": collectives(text), "hbm_bytes": hbm_bytes(text)} if text else report
+    if text:
+        return {**report, "collectives": collectives(text), "hbm_bytes": hbm_bytes(text)}
+    if "memory" in report:    # it was compiled, and then could not be printed: libtpu's fault, seen on v5p and v6e
+        return {"unprinted" if key == "error" else key: value for key, value in report.items()}
+    return report
 
 
 # ---------------------------------------------------------------------------------------------- a compiled program
@@ -388,7 +392,7 @@ def preflight(config, topology, images=IMAGENET, home=HOME, environment=None, la
         images: in the training data, for a memory bank.
         home: folder for the reports of programs compiled before, and for the second environment.
         environment: folder of the second environment; None: in `home`.
-        largest: also find the largest batch per core that fits, at some five more compilations.
+        largest: also find the largest batch per core that fits, at some five to ten more compilations.
         say: hears what is going on, line by line.
 
     Returns:
@@ -451,19 +455,20 @@ def interpreted(answer, chip, slice_, batch_size):
         slice_: of `ask_compiler`, for the topology.
         batch_size: of all cores.
     """
-    result = {key: answer[key] for key in ("compile_seconds", "reused") if key in answer}
+    result = {key: answer[key] for key in ("compile_seconds", "reused", "unprinted") if key in answer}
     if "error" in answer:
         return {**result, "error": answer["error"]}
     cores, share = slice_["cores"], slice_["chips"] / slice_["cores"]    # of a chip that a core has
     memory = dict(answer["memory"])
     memory["total"] = sum(memory.values()) - 2 * memory["aliased"]    # outputs in the place of arguments count once
     memory["capacity"] = chip.memory * share
-    seconds = {"arithmetic": answer["flops"] / (chip.flops * share),
-               "memory": answer["hbm_bytes"] / (chip.bandwidth * share)}
+    seconds = {"arithmetic": answer["flops"] / (chip.flops * share)}
+    if "hbm_bytes" in answer:
+        seconds["memory"] = answer["hbm_bytes"] / (chip.bandwidth * share)
     fastest = max(seconds.values())
     moved = [dict(collective, sent=sent_per_core(collective["kind"], collective["bytes"], cores))
-             for collective in answer["collectives"]]
-    return {**result, "memory": memory, "operations": answer["flops"], "hbm_bytes": answer["hbm_bytes"],
+             for collective in answer.get("collectives", [])]
+    return {**result, "memory": memory, "operations": answer["flops"], "hbm_bytes": answer.get("hbm_bytes"),
             "least_seconds": seconds, "bound": max(seconds, key=seconds.get),
             "most_images_per_s": {"core": batch_size / cores / fastest, "slice": batch_size / fastest},
             "collectives": moved}
@@ -481,13 +486,14 @@ def out_of_memory(error):
 
 
 def bisect(fits, start):
-    """The largest positive integer that `fits`, which holds up to some number and then no more; 0: none does.
+    """The largest positive integer that `fits`, which holds up to some number and then no more, or one that is less by
+    a sixteenth of it at most; 0: none does.
 
     Steps away from `start`, which is near it, by an eighth and then by twice as much each time; halves what is left.
     """
     low, high = 0, None
     candidate, step = start, max(1, start // 8)
-    while high is None or high - low > 1:
+    while high is None or high - low > max(1, low // 16):
         if fits(candidate):
             low = candidate
         else:
@@ -510,12 +516,16 @@ def table(name, report):
               "least ms: arithmetic, memory", "all-reduce, all-gather MB", "most images/s: core, slice")
     if "error" in report:
         row = [_first_line(report["error"]), *[""] * (len(titles) - 4)]
+    elif "unprinted" in report:
+        memory, least, most = report["memory"], report["least_seconds"], report["most_images_per_s"]
+        row = [f"{memory['total'] / 1e9:.2f}, {memory['capacity'] / 1e9:.1f}", f"{report['operations']:.3g}", "?",
+               f"{1e3 * least['arithmetic']:.3g}, ?", "?", f"{most['core']:,.0f}, {most['slice']:,.0f}"]
     else:
         memory, least, most = report["memory"], report["least_seconds"], report["most_images_per_s"]
         moved = [sum(c["bytes"] for c in report["collectives"] if c["kind"] == kind) / 1e6
                  for kind in ("all-reduce", "all-gather")]
         row = [f"{memory['total'] / 1e9:.2f}, {memory['capacity'] / 1e9:.1f}", f"{report['operations']:.3g}",
-               f"{report['hbm_bytes']:.3g}", f"{1e3 * least['arithmetic']:.1f}, {1e3 * least['memory']:.1f}",
+               f"{report['hbm_bytes']:.3g}", f"{1e3 * least['arithmetic']:.3g}, {1e3 * least['memory']:.3g}",
                f"{moved[0]:.1f}, {moved[1]:.2f}", f"{most['core']:,.0f}, {most['slice']:,.0f}"]
     row = [f"`{name}` {report['precision']}", report["topology"],
            f"{report['batch_size']}, {report['batch_per_core']}", *row]
@@ -528,7 +538,7 @@ def text(name, report):
              f"({report['kind']}): {report['cores']} cores, {report['chips']} chips, {report['hosts']} host(s)"]
     lines += [f"does not compile: {_first_line(report['error'])}"] if "error" in report else _figures(report)
     if "largest_batch_per_core" in report:
-        lines.append(f"  largest batch that compiles: {report['largest_batch_per_core']} per core, "
+        lines.append(f"  largest batch that compiles, to a sixteenth: {report['largest_batch_per_core']} per core, "
                      f"{report['largest_batch_per_core'] * report['cores']} on the slice")
     return "\n".join(lines)
 
@@ -540,8 +550,10 @@ def _figures(report):
         f"  memory      {memory['total'] / 1e9:.2f} of {memory['capacity'] / 1e9:.1f} GB: "
         + ", ".join(f"{name} {memory[name] / 1e9:.3f}" for name in ("arguments", "outputs", "temporaries", "code"))
         + f"; of the outputs {memory['aliased'] / 1e9:.3f} in place of arguments",
-        f"  operations  {report['operations']:.3g}, at least {1e3 * least['arithmetic']:.1f} ms",
-        f"  HBM         {report['hbm_bytes']:.3g} bytes, at least {1e3 * least['memory']:.1f} ms",
+        f"  operations  {report['operations']:.3g}, at least {1e3 * least['arithmetic']:.3g} ms",
+        "  HBM         " + (
+            f"not known, nor the collectives: {_first_line(report['unprinted'])}" if "unprinted" in report else
+            f"{report['hbm_bytes']:.3g} bytes, at least {1e3 * least['memory']:.3g} ms"),
         f"  so at most  {most['core']:,.0f} images/s, {most['slice']:,.0f} on the slice; the limit is "
         f"{'arithmetic' if report['bound'] == 'arithmetic' else 'memory traffic'}"]
     for kind in sorted({collective["kind"] for collective in report["collectives"]}):
@@ -591,8 +603,8 @@ def command(argv):
     flags.DEFINE_string("home", HOME, "Folder for reports of programs compiled before.", flag_values=values)
     flags.DEFINE_string("out", None, "File for the report as JSON.", flag_values=values)
     flags.DEFINE_bool("markdown", False, "Prints the report as a table.", flag_values=values)
-    flags.DEFINE_bool("largest", False, "Also finds the largest batch per core that fits; some five more compilations.",
-                      flag_values=values)
+    flags.DEFINE_bool("largest", False, "Also finds the largest batch per core that fits; some five to ten more "
+                      "compilations.", flag_values=values)
     config, _ = cli._parse(argv, values, config=True, required=("config", "topology"))
     if "backbone" not in config:
         raise UsageError(f"preflight takes a recipe of a pre-training. Received: {values.config}.")

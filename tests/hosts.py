@@ -3,8 +3,9 @@
     python tests/hosts.py REPLICAS FOLDER RUN ...
 
 With TF_CONFIG in the environment it is one of the hosts that this names, and REPLICAS is 0; otherwise it has so many
-logical CPU devices. RUN: a key of RUNS, of which "input" takes its permutations from the pipeline, those of two hosts in
-any case, and the others draw them in the step. FOLDER has images.npy; the process, of several the first, writes RUN.npz.
+logical CPU devices. RUN: a key of RUNS, of which "input" takes its permutations from the pipeline, those of two hosts
+in any case, and the others draw them in the step. FOLDER has images.npy; the process, of several the first, writes
+RUN.npz.
 """
 
 import os
@@ -82,6 +83,7 @@ def batches(source, recipe, replicas, context, shuffle):
 
 def learned(strategy, run, folder):
     """{name: array} of what five steps have made."""
+    keras.backend.clear_session()    # names as those of a process that trains this one alone
     keras.utils.set_random_seed(0)
     with strategy.scope():
         method = RUNS[run]()

@@ -56,7 +56,8 @@ def processes():
     finally:
         for process in started:
             process.kill()
-            process.communicate()
+            process.wait()
+            process.stdout.close()
 
 
 def start_hosts(start, arguments, own=(), count=2):
@@ -96,15 +97,17 @@ def assert_equal(ours, expected):
                                        err_msg=f"{name}: {key}")
 
 
+FIRST = ("moco_v2", "input")
+
+
 def test_two_hosts_train_as_one_device(tmp_path):
-    names = ["moco_v2", "input"]
-    assert_equal(learned(tmp_path / "hosts", 0, names), learned(tmp_path / "one", 1, names))
+    assert_equal(learned(tmp_path / "hosts", 0, FIRST), learned(tmp_path / "one", 1, FIRST))
 
 
 @pytest.mark.slow
 def test_two_hosts_and_two_devices_train_all_methods_as_one_device(tmp_path):
     one = learned(tmp_path / "one", 1, hosts.RUNS)
-    assert_equal(learned(tmp_path / "hosts", 0, hosts.RUNS), one)
+    assert_equal(learned(tmp_path / "hosts", 0, [name for name in hosts.RUNS if name not in FIRST]), one)
     assert_equal(learned(tmp_path / "devices", 2, hosts.RUNS), one)
 
 

@@ -335,8 +335,76 @@ def doctor(argv):
     examine(values.strategy, values.cpu_replicas, values.tpu)
 
 
+def bench(argv):
+    """Measures a recipe's training step or input pipeline, part by part, beside their limits and their peers.
+
+    moco-tf bench step --config=moco_v2_r50 [--config.batch_size=8 --vs=torch]
+    moco-tf bench data --config=moco_v2_r50 --config.data.path=/data/imagenet [--vs=torchvision]
+    """
+    name = " ".join(argv[:2])
+    if name in BENCHES:
+        BENCHES[name]([name, *argv[2:]])
+    elif argv[1:] and argv[1].lstrip("-") in ("h", "help"):
+        raise _Help("\n".join(line.strip() for line in bench.__doc__.splitlines()))
+    else:
+        raise UsageError(f"bench takes one of {', '.join(each.split()[1] for each in BENCHES)}. Received: "
+                         f"{' '.join(argv[1:2]) or 'nothing'}.")
+
+
+def _bench_step(argv):
+    """Times a recipe's training step on made-up images: the whole, its parts, and operations against the device's peak.
+
+    moco-tf bench step --config=moco_v2_r50 --config.batch_size=8
+    moco-tf bench step --config=moco_v2_r50 --config.batch_size=8 --vs=torch --json=step.json
+    moco-tf bench step --config=moco_v2_r50 --sweep=queue_size=4096,65536,1048576 --plot=queue.png
+    """
+    values = _flags()
+    flags.DEFINE_integer("rounds", 5, "Turns of each case; medians are of so many.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("steps", 0, "Steps in a turn; 0: as many as take about three seconds.", lower_bound=0,
+                         flag_values=values)
+    flags.DEFINE_enum("vs", None, ["torch"], "Also run an equivalent step of this library, in turns with ours.",
+                      flag_values=values)
+    flags.DEFINE_string("sweep", "", "A key of the config and its values: batch_size=8,16,32; precision, jit_compile and "
+                        "queue_size as well as any key of a recipe.", flag_values=values)
+    flags.DEFINE_string("json", "", "File for all figures.", flag_values=values)
+    flags.DEFINE_string("plot", "", "File for a picture, .png.", flag_values=values)
+    _strategy_flags(values)
+    config, _ = _parse(argv, values, config=True, default="moco_v2_r50")
+    print_onednn()
+    from moco_tf.bench.step import bench_step
+    bench_step(config, values.rounds, values.steps, values.vs, values.sweep, values.json, values.plot,
+               dict(name=values.strategy, cpu_replicas=values.cpu_replicas, tpu=values.tpu))
+
+
+def _bench_data(argv):
+    """Times a recipe's input pipeline on your data, stage by stage, and says what it takes to feed a training step.
+
+    moco-tf bench data --config=moco_v2_r50 --config.data.path=/data/imagenet
+    moco-tf bench data --config=moco_v2_r50 --config.data.path=/data/imagenet --step_images_per_s=979
+    moco-tf bench data --config=moco_v2_r50 --config.data.path=/data/imagenet --vs=torchvision --plot=data.png
+    """
+    values = _flags()
+    flags.DEFINE_integer("images", 512, "In a round; so many are drawn from the data.", lower_bound=32,
+                         flag_values=values)
+    flags.DEFINE_integer("rounds", 5, "Turns of each case; medians are of so many.", lower_bound=1, flag_values=values)
+    flags.DEFINE_list("vs", [], "Other libraries' pipelines, on the same files, in turns with ours: torchvision "
+                      "(Pillow), albumentations (OpenCV).", flag_values=values)
+    flags.DEFINE_list("step_images_per_s", [], "Images/s of training steps to feed, from `moco-tf bench step` or "
+                      "preflight; one or more.", flag_values=values)
+    flags.DEFINE_string("json", "", "File for all figures.", flag_values=values)
+    flags.DEFINE_string("plot", "", "File for a picture, .png.", flag_values=values)
+    config, _ = _parse(argv, values, config=True, required=("config",))
+    rates = _numbers(values.step_images_per_s, float, "--step_images_per_s") if values.step_images_per_s else []
+    print_onednn()
+    from moco_tf.bench.data import bench_data
+    bench_data(config, values.images, values.rounds, values.vs, rates, values.json, values.plot)
+
+
+BENCHES = {"bench step": _bench_step, "bench data": _bench_data}
+
+
 COMMANDS = {"pretrain": pretrain, "linear": linear, "finetune": finetune, "knn": knn, "export": export,
-            "convert": convert, "show": show, "data": data, "recipes": recipes, "doctor": doctor}
+            "convert": convert, "show": show, "data": data, "recipes": recipes, "doctor": doctor, "bench": bench}
 
 
 def main(argv=None):
@@ -401,7 +469,7 @@ def _parse(argv, values, config=False, required=(), default=None):
     Returns:
         (config or None, positional arguments).
     """
-    command = COMMANDS[argv[0]]
+    command = {**COMMANDS, **BENCHES}[argv[0]]
     if config:
         flags.DEFINE_string("config", None, "A recipe's name, a .py file or a config.json; --config.key=value "
                             "overrides. Left out: that of the workdir.", flag_values=values)

@@ -34,8 +34,13 @@ class SGD(keras.optimizers.Optimizer):
         lr = tf.cast(self.learning_rate, variable.dtype)
         gradient += self.decay * variable
         buffer = self.buffers[self._index_dict[self._var_key(variable)]]
-        buffer.assign(self.momentum * buffer + gradient)
-        variable.assign_sub(lr * (gradient + self.momentum * buffer if self.nesterov else buffer))
+        if lr.shape.rank == 0:    # one kernel for both lines below, which pass over the variable four times
+            tf.raw_ops.ResourceApplyMomentum(
+                var=variable.handle, accum=buffer.handle, lr=lr, grad=gradient,
+                momentum=tf.convert_to_tensor(self.momentum, variable.dtype), use_nesterov=self.nesterov)
+        else:    # a rate for each of a grid's classifiers
+            buffer.assign(self.momentum * buffer + gradient)
+            variable.assign_sub(lr * (gradient + self.momentum * buffer if self.nesterov else buffer))
 
     def get_config(self):
         return {**super().get_config(), "learning_rate": self._serialize_hyperparameter(self._learning_rate),

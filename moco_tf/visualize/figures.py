@@ -35,6 +35,7 @@ def installed(module):
 matplotlib = installed("matplotlib")
 Figure = installed("matplotlib.figure").Figure
 Line2D = installed("matplotlib.lines").Line2D
+Patch = installed("matplotlib.patches").Patch
 
 HALO = installed("matplotlib.patheffects").withStroke(linewidth=2.5, foreground="white")    # behind text on curves
 DPI = 128    # a power of two: sizes in pixels are exact in inches
@@ -207,6 +208,87 @@ def draw_panel(axes, panel, colours):
 def running_mean(values, window):
     """Means of `window` neighbours each, (n - window + 1,)."""
     return np.convolve(values, np.full(window, 1 / window), mode="valid")
+
+
+# ---------------------------------------------------------------------------------------------- times
+
+def step_times(parts, wholes, title, unit):
+    """Times of a training step's parts: against the values of a sweep where these are numbers, else in bars.
+
+    Args:
+        parts: {value of the sweep: {name of a part: time}}, the same names for all.
+        wholes: {name: {value: time}} of what is no part: the whole step, a peer's.
+        title: what was swept; "": nothing.
+        unit: of the times.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    names = list(next(iter(parts.values())))
+    colours = dict(zip([*names, *wholes], [*CLASS_COLOURS[:len(names)], INK, FAINT]))
+    try:
+        values = [float(value) for value in parts]
+    except ValueError:
+        values = []
+    with matplotlib.rc_context(STYLE):
+        tall = 3.8 if len(values) > 1 else 1.7 + 0.45 * len(parts)
+        figure = Figure(figsize=(6.4, tall), dpi=DPI, layout="constrained")
+        axes = figure.subplots()
+        if len(values) > 1:
+            for name in names:
+                axes.plot(values, [own[name] for own in parts.values()], color=colours[name], marker=".", label=name)
+            for name, times in wholes.items():
+                axes.plot(values, list(times.values()), color=colours[name], marker="o", linewidth=2, label=name)
+            axes.set(xscale="log", yscale="log", xlabel=title, ylabel=unit, xticks=values)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}" if value < 1e6 else f"{value:.7g}")
+            axes.minorticks_off()
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        else:
+            ends = np.zeros(len(parts))
+            for name in names:
+                widths = np.array([own[name] for own in parts.values()])
+                axes.barh(list(parts), widths, left=ends, color=colours[name], label=name, height=0.6)
+                ends += widths
+            for marker, (name, times) in zip("Dd", wholes.items()):
+                axes.plot(list(times.values()), list(times), marker, color=colours[name], label=name)
+            axes.set(xlabel=unit, ylabel=title)
+            axes.invert_yaxis()
+        axes.set_title("a training step and its parts, each measured alone")
+        figure.legend(loc="outside right upper", fontsize=7.5)
+    return figure
+
+
+def pipeline_times(bars, limit, title):
+    """CPU time of input pipelines, a bar each, made up of stages.
+
+    Args:
+        bars: {name of a pipeline: {name of a stage: ms}}; the first one's stages have colours of their own.
+        limit: ms of decoding alone, drawn across.
+        title: above all.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    stages = list(dict.fromkeys(stage for own in bars.values() if len(own) > 1 for stage in own))
+    colours = dict(zip(stages, CLASS_COLOURS))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 1.7 + 0.45 * len(bars)), dpi=DPI, layout="constrained")
+        axes = figure.subplots()
+        for bar, own in bars.items():
+            end = 0.0
+            for stage, width in own.items():
+                axes.barh(bar, width, left=end, color=colours.get(stage, UNKNOWN), height=0.6)
+                end += width
+            axes.annotate(f"{end:.1f}", (end, bar), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.axvline(limit, color=INK, linestyle=(0, (1, 2)), linewidth=1.2)
+        axes.annotate("decode alone", (limit, 1), xycoords=axes.get_xaxis_transform(), xytext=(2, 2),
+                      textcoords="offset points", fontsize=7.5, color=INK, path_effects=[HALO])
+        axes.set(xlabel="CPU ms for an image, all its views")
+        axes.invert_yaxis()
+        figure.suptitle(title, fontsize=9.5, fontweight="bold", x=0.01, ha="left")
+        figure.legend(handles=[Patch(color=colour, label=stage) for stage, colour in colours.items()],
+                      loc="outside right upper", fontsize=7.5)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------- maps

@@ -137,7 +137,7 @@ class Log(StepCallback):
         path: of metrics.jsonl; lines of steps after `first_step`, of a run that was killed, are taken out. None: no file.
         writer: of tf.summary, or None.
         clock: the pipeline's BatchClock, or None.
-        chance: the loss of guessing, ln(K + 1).
+        chance: the loss of guessing, in nats, as of `Method.chance_loss`; each line has it beside the loss.
     """
 
     def __init__(self, first_step, total_steps, steps_per_epoch, batch_size, every, path, writer, clock, chance,
@@ -168,7 +168,7 @@ class Log(StepCallback):
         now = time.time()
         seconds = now - self.window_began
         rate = (step - self.window_start) * self.batch_size / seconds
-        record = {"step": step, "epoch": (step - 1) // self.steps_per_epoch, **values,
+        record = {"step": step, "epoch": (step - 1) // self.steps_per_epoch, **values, "chance_loss": self.chance,
                   "learning_rate": float(self.schedule(step - 1)),
                   "images_per_s": round(rate, 2), **self._data_wait(seconds)}
         if self.path:
@@ -217,7 +217,7 @@ class Log(StepCallback):
     def _warn(self, record):
         said = {
             "collapse": record.get("feature_std", 1.0) < COLLAPSED_STD and
-            "the embeddings are nearly alike (collapse): lower the learning rate, or raise the momentum or the queue.",
+            f"the embeddings are nearly alike (collapse): {self.model.against_collapse}.",
             "input": record["step"] > 2 * self.every and record.get("data_wait", 0) > INPUT_BOUND_SHARE and
             f"{record['data_wait']:.0%} of the time goes into waiting for data: the input pipeline is the limit "
             "(more cores, smaller images, or packed records: `moco-tf data pack`).",

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from moco_tf.distribute import (first_row, gather_rows, own_rows, sum_over_replicas, update_copies,
                                 variable_per_replica)
+from moco_tf.errors import UsageError
 from moco_tf.losses import in_batch_logits, info_nce, positive_rank, unit
 
 keras = tf.keras
@@ -23,10 +24,16 @@ class Queue(keras.layers.Layer):
         dim: C, their length.
         branches: V; a row then holds the keys of an image's V branches side by side, (K, V * C).
         seed: of the random rows.
+
+    Raises:
+        UsageError: a size below 1.
     """
 
     def __init__(self, size, dim, branches=1, seed=0, **kwargs):
         super().__init__(**kwargs)
+        if size < 1:
+            raise UsageError(f"A queue must hold a key at least. Received: queue_size {size}. It takes one global batch or "
+                             "more.")
         self.size, self.dim = size, dim
 
         def unit_rows(shape, dtype=None, **_):
@@ -65,10 +72,16 @@ class MemoryBank(keras.layers.Layer):
         dim: C, the length of a row.
         momentum: the share of a row that an update keeps.
         seed: of the first rows.
+
+    Raises:
+        UsageError: a momentum outside 0 .. 1.
     """
 
     def __init__(self, size, dim, momentum=0.5, seed=0, **kwargs):
         super().__init__(**kwargs)
+        if not 0 <= momentum <= 1:
+            raise UsageError("A memory bank's method.momentum is the share of a row that an update keeps, from 0 to 1. "
+                             f"Received: {momentum}. The reference's is 0.5.")
         self.size, self.dim, self.momentum = size, dim, momentum
         self.rows = self._make_rows(seed)
 

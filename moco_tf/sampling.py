@@ -1,7 +1,11 @@
 """Which rows of a memory bank are negatives: drawn on the device, each draw a function of (seed, step) alone."""
 
+import io
+
 import numpy as np
 import tensorflow as tf
+
+from moco_tf.errors import DataError
 
 
 def uniform(seed, step, shape, size):
@@ -36,7 +40,8 @@ def alias_table(weights):
     weights = np.asarray(weights, np.float64)
     if weights.ndim != 1 or not (np.isfinite(weights).all() and weights.min(initial=0.0) >= 0 and weights.sum() > 0):
         raise ValueError("Weights to draw by must be one row of finite numbers >= 0, and not all zero. "
-                         f"Received: shape {weights.shape}, {weights}.")
+                         f"Received: shape {weights.shape}, from {weights.min(initial=np.inf)} to "
+                         f"{weights.max(initial=-np.inf)}.")
     acceptance = (weights * (len(weights) / weights.sum())).tolist()    # 1 is a row's fair share
     alias = list(range(len(weights)))
     small = [row for row, share in enumerate(acceptance) if share < 1.0]
@@ -50,6 +55,25 @@ def alias_table(weights):
     for row in (*small, *large):    # what is left differs from 1 by rounding only
         acceptance[row] = 1.0
     return np.array(acceptance), np.array(alias, np.int64)
+
+
+def read_table(path, size):
+    """The `alias_table` of the numbers in an .npy file, local or gs://.
+
+    Raises:
+        DataError: no such file; not `size` numbers in it, or such that `alias_table` does not take.
+    """
+    try:
+        with tf.io.gfile.GFile(path, "rb") as file:
+            weights = np.lib.format.read_array(io.BytesIO(file.read()), allow_pickle=False)
+        if weights.shape != (size,):
+            raise DataError(f"method.weights must hold a number for each of the {size} training images, in the order of "
+                            f"their index. Received: shape {weights.shape} in {path}. Images that are held out, or left "
+                            "out by data.fraction, have none.")
+        return alias_table(weights)
+    except (OSError, tf.errors.OpError, ValueError) as error:
+        raise DataError(f"method.weights must be an .npy file of one row of numbers. Received: {path}: "
+                        f"{' '.join(str(getattr(error, 'message', error)).split()).rstrip('.')}.") from None
 
 
 def weighted(seed, step, shape, table):

@@ -265,7 +265,8 @@ def check(config, size, replicas, view_names):
         count = config.method.get(key, 0) if "method" in config else 0
         if count not in (0, size):
             raise UsageError(f"method.{key} is the number of training images. Received: {count}, and {size} training "
-                             "images. Use 0, for as many as there are.")
+                             "images. A new run takes 0, for as many as there are; one that goes on, or was imported, needs "
+                             "those its bank has rows for. Its encoder suits knn, linear, finetune and export as it is.")
     if "head" in config and config.head.get("dim", 1) < 1:
         raise UsageError(f"head.dim must be at least 1. Received: {config.head.dim}.")
     if config.shuffle_bn not in ("input", "cross_replica", "none"):
@@ -360,7 +361,9 @@ def restore_method(workdir):
         raise UsageError(f"The workdir must be of a pre-training. Received: {workdir}, of {config.method.name}. Give the "
                          f"encoder that it started from: {config.get('encoder', 'unknown')}.")
     set_precision(config.precision)
-    method = build_method(config, steps_per_epoch=1, normalize_views=normalizer(view_recipe(config)))
+    # By which weights negatives were drawn, is of no matter without training, and their file may be elsewhere.
+    needed = configs.override(config, **{"method.weights": ""}) if config.method.get("weights") else config
+    method = build_method(needed, steps_per_epoch=1, normalize_views=normalizer(view_recipe(config)))
     step = Checkpoints(method, f"{workdir}/checkpoints").restore()
     if step is None:
         raise UsageError(f"The run must have saved a checkpoint. Received: {workdir}, without one. "

@@ -36,9 +36,6 @@ def test_info_nce_is_a_cross_entropy():
     expected = -np.log(exponents[:, 0] / exponents.sum(axis=1))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     np.testing.assert_allclose(noted["probability"], np.exp(-expected).mean(), rtol=1e-5)
-    positive = np.array([3, 0, 12, 7, 7, 1])
-    losses, _ = InfoNCE()(tensor(logits()), positive)
-    np.testing.assert_allclose(losses, -np.log(exponents[np.arange(6), positive] / exponents.sum(axis=1)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("momentum", [1.0, 0.99, 0.5])
@@ -54,6 +51,17 @@ def test_nce_in_float64_over_several_steps(momentum):
             np.testing.assert_allclose(losses, nce(logits(step), z), rtol=1e-12)
             criterion.update(noted, write=True)
             np.testing.assert_allclose(criterion.partition, z, rtol=1e-12)
+
+
+def test_a_step_has_one_z_whatever_it_scores():
+    """That of its first call, as where the reference sets it: the loss of other logits by the first one's Z."""
+    with linear_methods.float64():
+        criterion = NCE(SIZE, dim=16, temperature=0.2, partition_momentum=0.9)
+        _, noted = criterion(tensor(logits()))
+        losses, again = criterion(tensor(logits(1)), noted)
+        z = SIZE * np.exp(logits()).mean()
+        np.testing.assert_allclose(losses, nce(logits(1), z), rtol=1e-12)
+        np.testing.assert_allclose([noted["partition"], again["partition"]], z, rtol=1e-12)
 
 
 def test_gradients_do_not_flow_through_z():
@@ -149,7 +157,9 @@ def test_losses_stay_float32(policy):
 
 @pytest.mark.parametrize("arguments, told", [
     (("hinge",), "method.loss must be one of softmax, nce. Received: 'hinge'"),
-    (("nce",), "number of training images. Received: 0")])
+    (("nce",), "number of training images. Received: 0"),
+    (("softmax", 0, 0, -0.1), "temperature .* must be above 0. Received: -0.1"),
+    (("nce", SIZE, 16, 0.2, 1.01), "partition_momentum .* from 0 to 1. Received: 1.01")])
 def test_settings_that_cannot_be_are_refused_in_one_line(arguments, told):
     with pytest.raises(UsageError, match=told) as refused:
         make_criterion(*arguments)

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from moco_tf import sampling
+from moco_tf.errors import DataError
 
 
 def represented(acceptance, alias):
@@ -56,6 +57,28 @@ def test_weighted_draws_have_the_weights():
     draws = sampling.weighted(0, 0, [100_000], sampling.alias_table(weights)).numpy()
     np.testing.assert_allclose(np.bincount(draws, minlength=5) / 1e5, weights / 20, atol=0.006)
     assert (draws != 0).all()
+
+
+@pytest.mark.parametrize("values, told", [
+    (np.ones(5), r"each of the 4 training images.*shape \(5,\)"), (np.ones((2, 2)), "each of the 4"),
+    ([1, 2, -1, 3], "from -1.0 to 3.0"), ([0, 0, 0, 0], "not all zero"), ([1, np.nan, 1, 1], "finite"),
+    (["a", "b", "c", "d"], "numbers"), (None, "weights.npy"), (b"1 2 3 4", "weights.npy")])
+def test_files_that_hold_no_weights_are_refused_in_one_line(values, told, tmp_path):
+    path = tmp_path / "weights.npy"
+    if isinstance(values, bytes):
+        path.write_bytes(values)
+    elif values is not None:
+        np.save(path, values)
+    with pytest.raises(DataError, match=told) as refused:
+        sampling.read_table(str(path), 4)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_table_of_a_file_is_that_of_its_numbers(tmp_path):
+    weights = np.random.default_rng(0).integers(0, 9, 50)
+    np.save(tmp_path / "weights.npy", weights)
+    np.testing.assert_allclose(represented(*sampling.read_table(str(tmp_path / "weights.npy"), 50)), weights / weights.sum(),
+                               atol=1e-12)
 
 
 @pytest.mark.parametrize("weights", [[1, -1], [0, 0], [1, np.nan], [[1]], []])

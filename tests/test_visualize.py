@@ -116,6 +116,23 @@ def test_views_are_those_of_the_recipe_pixel_for_pixel(config):
     assert lefts[0] == lefts[1] == sorted(set(lefts[0]))
 
 
+def test_a_mixture_shows_the_same_draws_again_as_it_leaves_them(config):
+    """Global mixtures that never come off leave all; a mask larger than the image covers it."""
+    def picture(name, **options):
+        own = configs.override(config, **{"mixture.name": name})
+        for key, value in options.items():
+            own = configs.with_option(own, f"mixture.{key}", str(value))
+        return pixels(show_views(own, count=2, draws=3))
+
+    source, _ = open_data(config)
+    image = source.decode({"index": next(iter(source.examples(0, 0)))["index"]})["image"]
+    query = view_recipe(config).apply(image, tf.constant([0, 1]))["query"].numpy()
+    assert len(places_of(enlarged(query), picture("global", g_prob=0.0))) == 2
+    masked = picture("cutout", mask_size=50, cutout_p=1.0, cutout_inside=True, mask_color=77.0)
+    assert len(places_of(enlarged(query), masked)) == 1
+    assert len(places_of(np.full((112, 112, 3), 77, np.uint8), masked)) == 2 * 2 * 3    # images, views, draws
+
+
 def test_small_images_are_enlarged_by_a_whole_factor_and_large_ones_reduced_in_their_shape():
     image = np.random.default_rng(0).integers(0, 256, (28, 20, 3), dtype=np.uint8)
     np.testing.assert_array_equal(fit(image, 112), np.kron(image, np.ones((4, 4, 1), np.uint8)))
@@ -223,12 +240,16 @@ def test_curves_are_the_numbers_in_the_files(tmp_path, config):
     png(show_curves([str(run), str(probe)]))
 
 
-def test_the_loss_of_chance_is_drawn_where_there_is_a_queue(workdir):
-    figure = show_curves([str(workdir)])
-    loss = figure.axes[0]
-    assert [text.get_text() for text in loss.texts] == ["chance, ln(K + 1) = 5.99"]    # ln 401
-    assert any(np.allclose(line.get_ydata(), np.log(401)) for line in loss.lines)
-    assert not show_curves([str(workdir / "linear")]).axes[0].texts
+def test_the_loss_of_chance_is_a_level_where_the_run_has_logged_it(tmp_path):
+    """MoCo v3's and NCE's are no ln(K + 1); runs of before, and probes, may have none."""
+    for name, chance in (("v3", {"chance_loss": 6.65}), ("nce", {"chance_loss": 10.32}), ("again", {"chance_loss": 6.65}),
+                         ("old", {})):
+        log(tmp_path / name / "metrics.jsonl", [{"step": step, "loss": 7.0, **chance} for step in (1, 2)])
+    figure = show_curves([str(tmp_path / name) for name in ("v3", "nce", "again", "old")])
+    loss, = figure.axes    # and no curve of it
+    assert [text.get_text() for text in loss.texts] == ["chance 6.65", "chance 10.32"]
+    assert [line.get_ydata()[0] for line in loss.lines[4:]] == [6.65, 10.32] and len(loss.lines) == 6
+    assert not show_curves([str(tmp_path / "old")]).axes[0].texts
 
 
 def test_long_curves_are_smoothed_by_means_of_neighbours():

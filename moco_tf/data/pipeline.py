@@ -4,6 +4,7 @@ Everything drawn for global batch t is a function of (seed, t): which images, th
 So neither the number of workers, replicas or hosts, nor a resume, changes what is seen.
 """
 
+import functools
 import logging
 import math
 import threading
@@ -258,20 +259,66 @@ def _drawn_from(source, recipe, own):
 
 
 def _mixed_rows(mixture, source, recipe, batch, seeds):
-    """The views of a batch, each row mixed by its seed, with any row or with what is drawn from the source."""
-    views = {name: batch[name] for name in recipe.views}
+    """The views of a batch, each row mixed by its seed, with any row or with what is drawn from the source.
 
-    def any_row(seed):
-        row = tf.random.stateless_uniform([], seed, 0, seeds.shape[0], tf.int32, alg="philox")
-        return {name: view[row] for name, view in views.items()}
+    All rows in one compiled call, which has the partners that they ask for from another: of small images a call for each
+    takes longer than the work.
+    """
+    views, size = {name: batch[name] for name in recipe.views}, seeds.shape[0]
+    compiled = functools.partial(tf.function, autograph=False, jit_compile=recipe.xla)
+    from_data = partners_of(mixture, source) == "data"
 
-    def mix(example):
-        views, seed = example
-        partner = any_row if partners_of(mixture, source) == "batch" else _drawn_from(source, recipe, views)
-        return mixture.stage(views, _mixture_seed(recipe, seed), partner)
+    @compiled
+    def asked_by(seeds):
+        """The seeds of the partners that each row may ask for, (size, A, 2), and for which it does, (size, A)."""
+        count = mixture.asked(seeds[0])[1].shape[0]
+        return tf.map_fn(lambda seed: mixture.asked(_mixture_seed(recipe, seed)), seeds, fn_output_signature=(
+            tf.TensorSpec([count, 2], tf.int32), tf.TensorSpec([count], tf.bool)))
 
-    return tf.map_fn(mix, (views, seeds), fn_output_signature={
-        name: tf.TensorSpec(view.shape[1:], view.dtype) for name, view in views.items()})
+    @compiled
+    def mixed(views, seeds, others, *found):
+        def one(row):
+            own, seed, *found = row
+
+            def partner(seed):
+                if from_data:
+                    asked, places = found
+                    place = tf.gather(places, tf.argmax(tf.cast(tf.reduce_all(asked == seed, axis=1), tf.int32)))
+                else:
+                    place = tf.random.stateless_uniform([], seed, 0, size, tf.int32, alg="philox")
+                return {name: tf.gather(rows, place) for name, rows in others.items()}
+
+            return mixture.stage(own, _mixture_seed(recipe, seed), partner)
+
+        return tf.map_fn(one, (views, seeds, *found), fn_output_signature={
+            name: tf.TensorSpec(view.shape[1:], view.dtype) for name, view in views.items()})
+
+    if not from_data:
+        return mixed(views, seeds, views)
+    asked, which = asked_by(seeds)
+    places = tf.reshape(tf.cumsum(tf.cast(tf.reshape(which, [-1]), tf.int32)) - 1, which.shape)
+    return mixed(views, seeds, _partners(source, recipe, tf.boolean_mask(asked, which), views), asked, places)
+
+
+def _partners(source, recipe, seeds, views):
+    """The views of the images that the seeds, (M, 2), draw from all of a source with random access; more rows follow them,
+    to make whole batches as `views` are one."""
+    size = next(iter(views.values())).shape[0]
+
+    def load(seed):
+        index_seed, view_seed = tf.unstack(tf.random.split(seed, 2, alg="philox"))
+        index = tf.random.stateless_uniform([], index_seed, 0, source.size, tf.int64, alg="philox")
+        return source.decode({"index": index})["image"], view_seed
+
+    loaded = tf.map_fn(load, seeds, fn_output_signature=(
+        tf.TensorSpec(source.image_shape, tf.uint8), tf.TensorSpec([2], tf.int32)))
+    count = tf.shape(seeds)[0]
+    missing = size * tf.maximum(1, -(-count // size)) - count
+    batches = [tf.reshape(tf.pad(part, [[0, missing], *[[0, 0]] * (part.shape.rank - 1)]), [-1, size, *part.shape[1:]])
+               for part in loaded]
+    drawn = tf.map_fn(lambda batch: recipe.apply_batch(*batch), batches, fn_output_signature={
+        name: tf.TensorSpec(view.shape, view.dtype) for name, view in views.items()})
+    return {name: tf.reshape(view, [-1, *view.shape[2:]]) for name, view in drawn.items()}
 
 
 def _mixture_seed(recipe, image_seed):

@@ -24,6 +24,7 @@ from moco_tf.criteria import NCE
 from moco_tf.errors import DataError, UsageError
 from moco_tf.export.torch_files import PICKLE_FILE, SAFETENSORS_FILE, TORCH_FILES, write_state_dict
 from moco_tf.heads import HEADS, encoder as join, predictor as build_predictor
+from moco_tf.methods.end_to_end import EndToEnd
 
 keras = tf.keras
 
@@ -62,7 +63,7 @@ class Checkpoint(NamedTuple):
     prefix but that of a branch, the latter empty if there is none; queue: (K, C) or None; pointer: the row that is
     written next; predictor: name -> array, MoCo v3's, or None; heads: of a vision transformer's attention, which no
     shape tells; 0: no transformer; banks: InsDis's and CMC's, else None; space: of the colours that branches see;
-    "": not known.
+    "": not known; end_to_end: whether the key encoder learns as the encoder does, which a run knows and no file tells.
     """
 
     kind: str
@@ -74,14 +75,18 @@ class Checkpoint(NamedTuple):
     heads: int = 0
     banks: Optional[Banks] = None
     space: str = ""
+    end_to_end: bool = False
 
     @property
     def method(self):
-        """Whose pre-training has such a checkpoint: "CMC", "InsDis", "MoCo v3" or "MoCo v1 or v2"."""
+        """Whose pre-training has such a checkpoint: "CMC", "InsDis", "the end-to-end mechanism", "MoCo v3" or "MoCo v1 or
+        v2"."""
         if "" not in self.branches:
             return "CMC"
         if self.banks is not None:
             return "InsDis"
+        if self.end_to_end:
+            return "the end-to-end mechanism"
         return "MoCo v3" if self.queue is None and _has_norm(self.encoder, HEAD) else "MoCo v1 or v2"
 
     @property
@@ -461,6 +466,8 @@ def _memory_parts(checkpoint):
         count = len(banks.rows)
         return [f"{count} memory bank{'s' * (count > 1)} of {len(banks.rows[0])} rows", f"K {banks.num_negatives}",
                 f"T {banks.temperature:g}", f"momentum {banks.momentum:g}", f"Z {partitions}"]
+    if checkpoint.end_to_end:
+        return ["keys of an encoder that learns too", "no queue"]
     momentum = "momentum encoder" if checkpoint.key_encoder else "no momentum encoder"
     if checkpoint.method == "MoCo v3":
         return [momentum, *([] if checkpoint.predictor else ["no predictor"])]
@@ -483,7 +490,8 @@ def checkpoint_of(method, space=""):
     state = Checkpoint(
         "pretraining", state_dict(method.encoder, batches), state_dict(key_encoder, batches) if key_encoder else {},
         predictor=state_dict(predictor, batches) if predictor else None,
-        heads=next((layer.heads for layer in method.encoder.layers if isinstance(layer, Block)), 0), space=space or "")
+        heads=next((layer.heads for layer in method.encoder.layers if isinstance(layer, Block)), 0), space=space or "",
+        end_to_end=isinstance(method, EndToEnd))
     if hasattr(method, "banks"):
         partitions = tuple(float(criterion.partition.numpy()) if isinstance(criterion, NCE) else -1.0
                            for criterion in method.criteria)

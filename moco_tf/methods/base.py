@@ -28,6 +28,7 @@ class Method(keras.Model):
 
     view_names = ()
     query_names = ("query",)    # the views that queries are made of
+    against_collapse = "lower the learning rate"
 
     def __init__(self, encoder, normalize=None, finish=None, clip_norm=0.0, loss_scaling=False, **kwargs):
         super().__init__(**kwargs)

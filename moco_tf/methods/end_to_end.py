@@ -4,6 +4,7 @@ import math
 
 import tensorflow as tf
 
+from moco_tf.criteria import require_temperature
 from moco_tf.distribute import first_row
 from moco_tf.losses import in_batch_logits, info_nce, positive_rank
 from moco_tf.methods.base import accuracies, contrasted, least_feature_std
@@ -21,10 +22,16 @@ class EndToEnd(TwoEncoders):
         temperature: divides the cosines.
         shared: one network encodes queries and keys; otherwise there are two, which start alike.
         kwargs: shuffle_bn, bn_group_size and seed as of `TwoEncoders`.
+
+    Raises:
+        UsageError: a temperature not above 0.
     """
+
+    against_collapse = "lower the learning rate, or raise the batch"
 
     def __init__(self, encoder, dim, temperature, shared=False, shuffle_bn="input", bn_group_size=0, seed=0, **kwargs):
         super().__init__(encoder, encoder if shared else copy_of(encoder), dim, shuffle_bn, bn_group_size, seed, **kwargs)
+        require_temperature(temperature)
         self.temperature = temperature
         self.pairs = contrasted(encoder.output_shape[-1] // dim)
 

@@ -31,6 +31,8 @@ def unmixed(method, probability=0.5, beta=1.0, seed=0):
     class UnMix(method):
         def contrastive_loss(self, views, keys):
             losses, outputs = super().contrastive_loss(views, keys)
+            if "noted" in outputs:    # the Z of NCE is that of whole images
+                keys = {**keys, "noted": outputs["noted"]}
             mixture, ratio = self.draw_mixture(views[self.query_names[0]].shape)
             mixtures = self.encode_queries(self.mixed(views, mixture))
             own, _ = self.compare(mixtures, keys)

@@ -40,17 +40,23 @@ class InsDis(Method):
             fewer different rows, and a row that is drawn pushes all queries at once.
         shard_bank: each of R replicas holds n / R rows of a bank. Negatives of each query's own then cross between
             devices, so it goes with shared negatives or the full softmax.
+        weights: an .npy file of n numbers, by index: an image is drawn as a negative in proportion to its own. The run's
+            checkpoints hold them, too. "": all images are drawn alike.
         seed: of the banks' first rows and of the draws.
 
     Raises:
-        UsageError: an unknown loss; no images; more negatives than images; "full" with a number of negatives.
+        UsageError: an unknown loss; no images; more negatives than images; "full" with a number of negatives; weights
+            where none are drawn.
+        DataError: weights that cannot be read, or drawn by.
     """
 
     view_names = ("query",)
+    against_collapse = "lower the learning rate, or have fewer steps in an epoch: rows of the bank are an epoch old"
     least_branches = 1
 
     def __init__(self, encoder, dim, bank_size, temperature, num_negatives=0, loss=FULL, momentum=0.5,
-                 partition_momentum=1.0, shared_negatives=False, shard_bank=False, seed=0, **kwargs):
+                 partition_momentum=1.0, shared_negatives=False, shard_bank=False, weights="", seed=0,
+                 **kwargs):
         super().__init__(encoder, **kwargs)
         if loss not in (*LOSSES, FULL):
             raise UsageError(f"method.loss must be one of {', '.join((*LOSSES, FULL))}. Received: {loss!r}.")
@@ -62,6 +68,9 @@ class InsDis(Method):
         if loss == FULL and num_negatives:
             raise UsageError("method.loss 'full' scores all images and draws none. Received: method.num_negatives "
                              f"{num_negatives}. Use 0, or the loss 'softmax'.")
+        if weights and not num_negatives:
+            raise UsageError("method.weights are those by which negatives are drawn, and all images are scored. Received: "
+                             f"{weights}, method.num_negatives 0. Set num_negatives, and the loss nce or softmax.")
         branches = encoder.output_shape[-1] // dim
         if branches < self.least_branches:
             raise UsageError("CMC contrasts the branches of an encoder, so it must have two or more. Received: one. Set "
@@ -74,7 +83,12 @@ class InsDis(Method):
             make_criterion("softmax" if not num_negatives else loss, bank_size, dim, temperature, partition_momentum,
                            name=f"criterion_{query}_{key}") for query, key in self.pairs]
         self.dim, self.temperature, self.num_negatives = dim, temperature, num_negatives
-        self.shared_negatives, self.seed = shared_negatives, seed
+        self.shared_negatives, self.seed, self.table = shared_negatives, seed, ()
+        if weights:
+            acceptance, alias = sampling.read_table(weights, bank_size)
+            state = dict(trainable=False, aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+            self.table = (tf.Variable(acceptance, dtype=tf.float32, name="acceptance", **state),
+                          tf.Variable(alias, name="alias", **state))
 
     def encode_keys(self, views):
         index = views["index"]
@@ -93,9 +107,10 @@ class InsDis(Method):
         return unit_branches(self.encoder(views["query"], training=True), self.dim)
 
     def compare(self, queries, keys):
+        noted = keys.get("noted", [None] * len(self.pairs))
         losses, ranks, noted = zip(*(
-            self._compare(criterion, queries[query], keys, key) for criterion, (query, key) in
-            zip(self.criteria, self.pairs)))
+            self._compare(criterion, queries[query], keys, key, note) for criterion, (query, key), note in
+            zip(self.criteria, self.pairs, noted)))
         return tf.add_n(losses), {"queries": queries, "rank": tf.concat(ranks, axis=0), "noted": noted,
                                   "losses": [tf.reduce_mean(loss) for loss in losses]}
 
@@ -117,8 +132,9 @@ class InsDis(Method):
     def chance_loss(self, batch_size):
         return len(self.pairs) * self.criteria[0].chance(self.num_negatives or self.banks[0].size - 1)
 
-    def _compare(self, criterion, queries, keys, branch):
-        """(N,) losses of queries against the bank of a branch, (N,) ranks of their positives, and what was noted."""
+    def _compare(self, criterion, queries, keys, branch, noted):
+        """(N,) losses of queries against the bank of a branch, (N,) ranks of their positives, and what was noted; `noted`
+        earlier in the step, or None."""
         if not self.num_negatives:
             losses, rank = self.banks[branch].full_softmax(queries, keys["index"], self.temperature)
             return losses, rank, noted_of(losses)
@@ -126,12 +142,15 @@ class InsDis(Method):
             logits = contrastive_logits(queries, keys["positive"][branch], keys["negatives"][branch], self.temperature)
         else:
             logits = bank_logits(queries, keys["rows"][branch], self.temperature)
-        losses, noted = criterion(logits)
+        losses, noted = criterion(logits, noted)
         return losses, positive_rank(logits), noted
 
     def _draw(self, batch):
         """Negatives of this step, (*batch, K): the same on every replica, whatever their number."""
-        return sampling.uniform(self.seed, self.optimizer.iterations, [*batch, self.num_negatives], self.banks[0].size)
+        shape, step = [*batch, self.num_negatives], self.optimizer.iterations
+        if self.table:
+            return sampling.weighted(self.seed, step, shape, self.table)
+        return sampling.uniform(self.seed, step, shape, self.banks[0].size)
 
 
 class CMC(InsDis):

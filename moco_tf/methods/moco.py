@@ -33,8 +33,11 @@ class MoCo(TwoEncoders):
         seed: of the queue's first rows and of the permutations.
 
     Raises:
-        UsageError: an unknown loss; "nce" without `num_images`; `symmetric` with `shuffle_bn="input"`.
+        UsageError: an unknown loss; "nce" without `num_images`; `symmetric` with `shuffle_bn="input"`; a momentum outside
+            0 .. 1.
     """
+
+    against_collapse = "lower the learning rate, or raise the momentum or the queue"
 
     def __init__(self, encoder, dim, queue_size, temperature, momentum, loss="softmax", num_images=0,
                  partition_momentum=0.99, symmetric=False, shuffle_bn="input", bn_group_size=0, seed=0, **kwargs):
@@ -42,6 +45,9 @@ class MoCo(TwoEncoders):
         if symmetric and shuffle_bn == "input":
             raise UsageError("A symmetric loss makes keys of both views, and the pipeline permutes one. Received: "
                              "method.symmetric with shuffle_bn input. Use shuffle_bn=cross_replica.")
+        if not 0 <= momentum <= 1:
+            raise UsageError("method.momentum is the share of the momentum encoder that a step keeps, from 0 to 1. "
+                             f"Received: {momentum}. The papers' are 0.99 to 0.999.")
         branches = encoder.output_shape[-1] // dim
         self.queue = Queue(queue_size, dim, branches, seed=seed, name="queue")
         self.pairs = contrasted(branches)
@@ -60,15 +66,15 @@ class MoCo(TwoEncoders):
                 "negatives": tf.convert_to_tensor(self.queue.keys)}
 
     def compare(self, queries, keys):
-        losses, logits, noted = [], [], []
+        losses, logits, noted = [], [], list(keys.get("noted", [None] * len(self.pairs)))
         for query, positive in zip(queries, keys["positive"]):
             of_query, of_key, of_queue = map(self.branches_of, (query, positive, keys["negatives"]))
-            for criterion, (i, j) in zip(self.criteria, self.pairs):
+            for pair, (criterion, (i, j)) in enumerate(zip(self.criteria, self.pairs)):
                 logits.append(contrastive_logits(of_query[i], of_key[j], of_queue[j], self.temperature))
-                loss, note = criterion(logits[-1])
+                loss, note = criterion(logits[-1], noted[pair])
                 losses.append(loss)
-                noted.append(note)
-        return tf.add_n(losses), {"queries": queries, "logits": logits, "noted": noted[:len(self.pairs)],
+                noted[pair] = noted[pair] or note
+        return tf.add_n(losses), {"queries": queries, "logits": logits, "noted": noted,
                                   "rank": tf.concat([positive_rank(term) for term in logits], axis=0)}
 
     def update_memory(self, keys, outputs, write):

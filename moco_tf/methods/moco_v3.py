@@ -4,6 +4,7 @@ import math
 
 import tensorflow as tf
 
+from moco_tf.criteria import require_temperature
 from moco_tf.distribute import first_row, gather_rows
 from moco_tf.errors import UsageError
 from moco_tf.losses import in_batch_logits, info_nce, positive_rank, unit
@@ -34,10 +35,12 @@ class MoCoV3(Method):
         total_steps: of the run, for "cosine".
 
     Raises:
-        UsageError: an unknown schedule, or "cosine" without `total_steps`.
+        UsageError: an unknown schedule, or "cosine" without `total_steps`; a temperature not above 0, a momentum outside
+            0 .. 1.
     """
 
     view_names = query_names = ("view_1", "view_2")
+    against_collapse = "lower the learning rate, or raise the momentum or the batch"
 
     def __init__(self, encoder, predictor, temperature, momentum, momentum_schedule="constant", total_steps=None,
                  **kwargs):
@@ -52,6 +55,10 @@ class MoCoV3(Method):
             raise UsageError("MoCo v3 takes an encoder of one branch, whose embeddings the predictor takes. Received: "
                              f"embeddings of {encoder.output_shape[-1]} values, a predictor of "
                              f"{predictor.input_shape[-1]}. Leave out branches, or use the method moco.")
+        require_temperature(temperature)
+        if not 0 <= momentum <= 1:
+            raise UsageError("method.momentum is the share of the momentum encoder that a step keeps, from 0 to 1. "
+                             f"Received: {momentum}. The papers' are 0.99 to 0.999.")
         self.predictor = predictor
         self.key_encoder = momentum_copy(encoder)
         self.temperature, self.momentum = temperature, momentum

@@ -9,7 +9,7 @@ normalised, float32; uint8 levels, to show what happens, are mixed and rounded. 
 gives those of another sample. All that is drawn is a function of the seed.
 """
 
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Optional
 
 import tensorflow as tf
 
@@ -20,14 +20,18 @@ PARTNERS = ("data", "batch")
 
 
 class ImageMixture(NamedTuple):
-    """A stage, (views, seed, partner) -> views, and where its partners come from.
+    """A stage, (views, seed, partner) -> views, where its partners come from, and which it asks for.
 
     "data": any image of the source, itself too, loaded and augmented afresh. "batch": any row of the host's batch,
     itself too; of a source that is read as a stream there are no others. "": it has none.
+
+    `asked`, seed -> (seeds (A, 2), which (A,) bool): the seeds with which the stage may call `partner`, and with which
+    it does, so that the partners of a whole batch can be made beforehand, in one call. None: there are no partners.
     """
 
     stage: Callable
     partners: str = ""
+    asked: Optional[Callable] = None
 
 
 # --- what is done ---
@@ -141,8 +145,8 @@ def _require_rounds(number_name, number, probability_name, probability):
 
 def im(g_alpha=1.0, g_num=2, g_prob=0.1, r_beta=1.0, r_num=2, r_prob=0.1, r_pixel_decay=1.0, partners="data"):
     """IM: the global mixture, then the region mixture, whose partners have passed through the global one themselves."""
-    of_whole, _ = global_mixture(g_alpha, g_num, g_prob, partners)
-    of_region, _ = region_mixture(r_beta, r_num, r_prob, r_pixel_decay, partners)
+    of_whole, _, asked_by_whole = global_mixture(g_alpha, g_num, g_prob, partners)
+    of_region, _, asked_by_region = region_mixture(r_beta, r_num, r_prob, r_pixel_decay, partners)
 
     def stage(views, seed, partner):
         def mixed_partner(seed):
@@ -152,7 +156,17 @@ def im(g_alpha=1.0, g_num=2, g_prob=0.1, r_beta=1.0, r_num=2, r_prob=0.1, r_pixe
         first, second = tf.unstack(ops.split(seed, 2))
         return of_region(of_whole(views, first, partner), second, mixed_partner)
 
-    return ImageMixture(stage, _known(partners))
+    def asked(seed):
+        first, second = tf.unstack(ops.split(seed, 2))
+        seeds, which = asked_by_whole(first)
+        for of_partner, pasted in zip(*map(tf.unstack, asked_by_region(second))):
+            drawn, mixed = tf.unstack(ops.split(of_partner, 2))
+            others, blended = asked_by_whole(mixed)
+            seeds = tf.concat([seeds, drawn[None], others], axis=0)
+            which = tf.concat([which, pasted[None], pasted & blended], axis=0)
+        return seeds, which
+
+    return ImageMixture(stage, _known(partners), asked)
 
 
 def global_mixture(g_alpha=1.0, g_num=2, g_prob=0.1, partners="data"):
@@ -165,7 +179,7 @@ def global_mixture(g_alpha=1.0, g_num=2, g_prob=0.1, partners="data"):
     def mix(_, views, numbers, others):
         return blend(views, others(), mixture.beta(numbers[:2], g_alpha))
 
-    return ImageMixture(_rounds(g_num, g_prob, mix), _known(partners))
+    return ImageMixture(_rounds(g_num, g_prob, mix), _known(partners), _asked(g_num, g_prob))
 
 
 def region_mixture(r_beta=1.0, r_num=2, r_prob=0.1, r_pixel_decay=1.0, partners="data"):
@@ -179,7 +193,8 @@ def region_mixture(r_beta=1.0, r_num=2, r_prob=0.1, r_pixel_decay=1.0, partners=
             views = scale(views, tf.where(i == 0, r_pixel_decay, 1.0))
         return paste(views, others(), box)
 
-    return ImageMixture(_rounds(r_num if r_beta > 0 else 0, r_prob, mix), _known(partners))
+    rounds = r_num if r_beta > 0 else 0
+    return ImageMixture(_rounds(rounds, r_prob, mix), _known(partners), _asked(rounds, r_prob))
 
 
 def cutout(mask_size=50, cutout_p=0.1, cutout_inside=False, mask_color=0.0):
@@ -224,8 +239,7 @@ def _rounds(count, probability, mix):
     def stage(views, seed, partner):
         if not count:
             return views
-        drawn, others = tf.unstack(ops.split(seed, 2))
-        numbers, seeds = ops.uniform(drawn, [count, 5]), ops.split(others, count)
+        numbers, seeds = _drawn(seed, count)
 
         def one(i, views):
             ours = numbers[i]    # not numbers[i, 1:] below: of a position that varies XLA slices the wrong part
@@ -235,6 +249,21 @@ def _rounds(count, probability, mix):
         return tf.while_loop(lambda i, _: i < count, one, (0, views))[1]
 
     return stage
+
+
+def _asked(count, probability):
+    """Which partners `_rounds` asks for."""
+    def asked(seed):
+        numbers, seeds = _drawn(seed, count)
+        return seeds, numbers[:, 0] < probability
+
+    return asked
+
+
+def _drawn(seed, count):
+    """Of so many rounds the numbers, (count, 5), and the seeds of the partners, (count, 2)."""
+    drawn, others = tf.unstack(ops.split(seed, 2))
+    return ops.uniform(drawn, [count, 5]), ops.split(others, count)
 
 
 def _known(partners):

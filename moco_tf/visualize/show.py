@@ -1,6 +1,5 @@
 """From files to figures: a recipe's views, runs' curves, an encoder's neighbours and maps."""
 
-import math
 import os
 import re
 import sys
@@ -15,7 +14,8 @@ from moco_tf.errors import DataError, UsageError
 from moco_tf.evaluation.features import BATCH
 from moco_tf.evaluation.knn import nearest
 from moco_tf.losses import unit
-from moco_tf.train import evaluation_recipe, open_data, read_config, view_recipe
+from moco_tf.train import evaluation_recipe, image_mixture, open_data, read_config, view_recipe
+from moco_tf.views import ops
 from moco_tf.visualize.figures import AGREES, DISAGREES, UNKNOWN, Panel, curves, installed, maps, sheet
 
 METRICS = ("metrics.jsonl", "monitor.jsonl")
@@ -38,9 +38,11 @@ FEWEST_POINTS = 10
 # ---------------------------------------------------------------------------------------------- views
 
 def show_views(config, count=6, draws=3):
-    """A row for each of `count` training images: itself, then so many draws of each view of the config's recipe.
+    """A row for each of `count` training images: itself, then so many draws of each view of the config's recipe, and
+    where the config has a mixture in the pipeline the same draws again, as it leaves them: most are not touched.
 
-    Image i is drawn with the seeds (i, 0), (i, 1), ...
+    Image i is drawn with the seeds (i, 0), (i, 1), ... Mixtures are shown as they mix levels, before a colour space and
+    normalisation, and the partners are among the images shown.
 
     Raises:
         UsageError, DataError: no data, or none that can be read.
@@ -50,19 +52,32 @@ def show_views(config, count=6, draws=3):
         raise UsageError(f"Views need data and a size. Received: data.name {config.data.name!r}, views.size {size}. "
                          "Set them: --config.data.name=... --config.views.size=...")
     source, _ = open_data(config)
-    recipe = view_recipe(config)
+    recipe, mixture = view_recipe(config), image_mixture(config)
     # A stream is taken as it is stored: to shuffle it, thousands of images would be read.
     examples = source.examples(0, 0) if source.random_access else source.examples()
-    images = examples.map(lambda example: source.decode(example)["image"]).ignore_errors().take(count)
+    images = list(examples.map(lambda example: source.decode(example)["image"]).ignore_errors().take(count))
+
+    def partner(seed):
+        which, drawn = tf.unstack(ops.split(seed, 2))
+        return recipe.apply(images[int(ops.uniform(which, []) * len(images))], drawn)
+
     rows = []
     for i, image in enumerate(images):
-        drawn = [recipe.apply(image, tf.constant([i, draw])) for draw in range(draws)]
-        shown = [image.numpy(), *(views[name].numpy() for name in recipe.views for views in drawn)]
+        seeds = [tf.constant([i, draw]) for draw in range(draws)]
+        drawn = [recipe.apply(image, seed) for seed in seeds]
+        mixed = [mixture.stage(views, ops.split(seed, len(views) + 1)[-1], partner)    # the seed after the views' own
+                 for views, seed in zip(drawn, seeds)] if mixture else []
+        shown = [image.numpy(), *(views[name].numpy() for some in (drawn, mixed) for name in recipe.views
+                                  for views in some)]
         rows.append([part[..., :3] if part.shape[-1] >= 3 else part[..., 0] for part in shown])
     if not rows:
         raise DataError("Some image must be readable. Received: none that is. `moco-tf data check` lists them.")
-    return sheet(rows, f"Views {config.views.name!r}", [("original", 1), *((name, draws) for name in recipe.views)],
-                 note=", ".join(f"{key} {value}" for key, value in config.views.items() if key != "name"))
+    columns = [("original", 1), *((name, draws) for name in recipe.views)]
+    if mixture:
+        columns += [(f"{name}, {config.mixture.name}", draws) for name in recipe.views]
+    sections = [config.views, *([config.mixture] if mixture else [])]
+    return sheet(rows, f"Views {config.views.name!r}", columns,
+                 note=", ".join(f"{key} {value}" for section in sections for key, value in section.items() if key != "name"))
 
 
 # ---------------------------------------------------------------------------------------------- curves
@@ -77,8 +92,9 @@ def show_curves(workdirs):
     if len(set(names)) < len(names):
         names = list(workdirs)
     logged = {name: read_metrics(workdir) for name, workdir in zip(names, workdirs)}
+    # A level, not a curve; runs from before it was logged have none.
+    chances = sorted({columns.pop("chance_loss")[1][-1] for columns in logged.values() if "chance_loss" in columns})
     keys = list(dict.fromkeys(key for columns in logged.values() for key in columns))
-    chances = [chance_loss(workdir) for workdir in workdirs]
     others = [(key.replace("_", " "), re.escape(key), {}) for key in keys]
     panels = []
     for title, pattern, look in [*PANELS, *others]:
@@ -86,10 +102,7 @@ def show_curves(workdirs):
         keys = [key for key in keys if key not in ours]
         lines = [(name, key, *columns[key]) for key in ours for name, columns in logged.items() if key in columns]
         if title == "loss":
-            levels = sorted({chance for chance in chances if chance})
-            look = dict(levels=[(level, f"chance, ln(K + 1) = {level:.2f}") for level in levels])
-        elif title == "accuracy on training batches" and all(chances):
-            title = "(K + 1)-way accuracy"
+            look = dict(levels=[(chance, f"chance {chance:.2f}") for chance in chances])
         elif title == "skipped steps" and not any(np.any(values) for *_, values in lines):
             continue
         if lines:
@@ -110,15 +123,6 @@ def read_metrics(workdir):
         raise UsageError(f"The run must have logged something. Received: {workdir}, with nothing in "
                          f"{' and '.join(METRICS)} yet: lines come every log.every_steps steps.")
     return {key: tuple(np.array(pairs, float).T) for key, pairs in columns.items()}
-
-
-def chance_loss(workdir):
-    """The loss of guessing among a queue's keys and the positive, ln(K + 1); None without a queue."""
-    path = f"{workdir}/config.json"
-    if not tf.io.gfile.exists(path):
-        return None
-    queue = read_config(workdir).to_dict().get("method", {}).get("queue_size")
-    return math.log(queue + 1) if queue else None
 
 
 # ---------------------------------------------------------------------------------------------- neighbours

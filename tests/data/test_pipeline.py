@@ -355,6 +355,27 @@ def test_rgb_and_depth_from_files_and_arrays(depths):
         assert real.numpy().all() and list(index) == list(range(30))
 
 
+@pytest.mark.parametrize("options, xla", [
+    (dict(g_prob=0.5, r_prob=0.5), False), pytest.param(dict(g_prob=0.5, r_prob=0.5), True, marks=pytest.mark.slow),
+    pytest.param(dict(g_prob=0.0, r_prob=0.0), True, marks=pytest.mark.slow)])
+def test_small_images_mixed_in_one_call_are_those_mixed_one_by_one(options, xla, tmp_path):
+    """Files, whose sizes are not known, are mixed one by one, arrays a batch at once; XLA rounds otherwise."""
+    arrays = np.random.default_rng(0).integers(0, 256, (30, 20, 16, 3), np.uint8)
+    for i, array in enumerate(arrays):
+        Image.fromarray(array).save(tmp_path / f"{i:02d}.png")
+    np.save(tmp_path / "train.npy", arrays)
+    sources = open_source("folder", str(tmp_path)), open_source("arrays", str(tmp_path / "train.npy"))
+    mix = MIXTURES["im"](**options)
+    views = [RECIPES["quickstart"](size=12, xla=compiled).normalized() for compiled in (False, xla)]
+    one_by_one, at_once = (batches(source, 2, recipe, mixture=mix) for source, recipe in zip(sources, views))
+    for ours, theirs in zip(at_once, one_by_one):
+        for name in ours:
+            if xla:    # a level, which is 0.011, now and then
+                assert (np.abs(ours[name] - theirs[name]) > 1e-5).mean() < 0.01
+            else:
+                np.testing.assert_array_equal(ours[name], theirs[name])
+
+
 def test_a_recipe_that_needs_rgb_refuses_other_images(depths):
     source = depths[0][0]
     with pytest.raises(UsageError, match="images of 3 channels. Received: 4 channels"):

@@ -15,6 +15,7 @@ from moco_tf.export import torch_weights
 from moco_tf.export.torch_files import read_state_dict
 from moco_tf.export.torch_weights import Checkpoint
 from moco_tf.heads import encoder, linear, mlp, predictor, projector
+from moco_tf.methods.end_to_end import EndToEnd
 from moco_tf.methods.moco import MoCo
 from moco_tf.methods.moco_v3 import MoCoV3
 
@@ -441,6 +442,14 @@ def test_a_description_names_kind_encoder_and_queue():
     sentence = torch_weights.describe(torch_weights.checkpoint_of(small_method()))
     for part in ("pre-training", "depth=18", "width=0.125", "linear(dim=8)", "momentum encoder", "24 keys"):
         assert part in sentence
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_run_whose_encoders_both_learn_is_called_no_moco(shared):
+    sentence = torch_weights.describe(torch_weights.checkpoint_of(
+        EndToEnd(small_encoder(), dim=8, temperature=0.2, shared=shared)))
+    assert "checkpoint of the end-to-end mechanism" in sentence and "learns too, no queue" in sentence
+    assert "MoCo" not in sentence and "momentum" not in sentence
 
 
 def test_no_resnet_has_no_architecture():

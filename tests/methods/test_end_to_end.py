@@ -10,6 +10,7 @@ import tensorflow as tf
 from linear_methods import (DIM, assert_compiles_and_agrees, assert_replicas_train_as_one, batch, compiled,
                             cross_entropy, flat, kernel_of, linear_encoder, state, train, unit_branches)
 from moco_tf import config as configs
+from moco_tf.errors import UsageError
 from moco_tf.methods.end_to_end import EndToEnd
 from moco_tf.shuffling import key_permutation, positions
 from moco_tf.train import build_method
@@ -157,3 +158,8 @@ def test_a_recipe_trains_both_networks_with_their_own_statistics():
     moving = [[weight.numpy() for weight in encoder.weights if "moving" in weight.name]
               for encoder in (method.encoder, method.key_encoder)]
     assert any(not np.array_equal(*pair) for pair in zip(*moving))
+
+
+def test_a_temperature_that_cannot_divide_is_refused():
+    with pytest.raises(UsageError, match="temperature .* above 0. Received: -1"):
+        build(temperature=-1)

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from moco_tf import config as configs
+from moco_tf.callbacks import Checkpoints
 from moco_tf.errors import UsageError
 from moco_tf.methods.insdis import CMC, InsDis
 from moco_tf.optim.sgd import SGD
+from moco_tf.train import build_method, open_workdir, restore_method
 
 keras = tf.keras
 KINDS = {"nce": dict(loss="nce", num_negatives=12),
@@ -115,6 +118,53 @@ def test_shared_and_own_draws_expect_the_same_loss():
     assert error < 0.02
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("jit", [False, True])
+def test_negatives_are_drawn_by_weights(shared, jit, tmp_path):
+    """All weight on two rows: a query's 12 negatives are so many of the one, the others of the other."""
+    weights = np.zeros(40)
+    weights[[7, 23]] = 1, 3
+    np.save(tmp_path / "weights.npy", weights)
+    method = build(loss="softmax", num_negatives=12, shared_negatives=shared, weights=str(tmp_path / "weights.npy"),
+                   momentum=1.0, lr=0.0)
+    method.banks[0].rows.assign(tf.math.l2_normalize(method.banks[0].rows, axis=1))
+    views, rows = batch(images=1), method.banks[0].rows.numpy()
+    feature = method.encoder(views["query"]).numpy()[0]
+    products = np.exp(rows @ (feature / np.linalg.norm(feature)) / 0.2)
+    own, one, other = products[[int(views["index"][0]), 7, 23]]
+    possible = np.log((own + np.arange(13) * one + np.arange(12, -1, -1) * other) / own)
+    step = tf.function(method.train_step, jit_compile=jit)
+    losses = np.array([float(step(views)["loss"]) for _ in range(100)])
+    counts = np.abs(losses[:, None] - possible).argmin(axis=1)
+    np.testing.assert_allclose(losses, possible[counts], rtol=1e-5)
+    assert abs(counts.mean() - 12 / 4) < 4 * np.sqrt(12 * 3 / 16 / 100)    # binomial: 12 draws of 1/4, a hundred times
+
+
+def test_the_weights_of_a_run_are_in_its_checkpoint(tmp_path):
+    paths = [str(tmp_path / f"{name}.npy") for name in ("first", "second")]
+    for path, row in zip(paths, (7, 23)):
+        np.save(path, np.arange(40) == row)
+    methods = [build(loss="softmax", num_negatives=12, weights=path) for path in paths]
+    saved = tf.train.Checkpoint(methods[0]).write(str(tmp_path / "saved"))
+    tf.train.Checkpoint(methods[1]).read(saved).expect_partial()
+    np.testing.assert_array_equal(methods[1].table[1], np.full(40, 7))
+
+
+def test_a_run_s_encoder_is_opened_where_its_file_of_weights_is_not(tmp_path):
+    np.save(tmp_path / "weights.npy", np.arange(10_000))
+    config = configs.with_option(configs.override(configs.load("insdis_quickstart"), **{
+        "views.size": 8, "method.bank_size": 10_000, "method.loss": "softmax"}), "method.num_negatives", "4")
+    config = configs.with_option(config, "method.weights", str(tmp_path / "weights.npy"))
+    open_workdir(config, str(tmp_path / "run"), 10_000)
+    method = build_method(config, 1)
+    Checkpoints(method, str(tmp_path / "run" / "checkpoints")).save(0)
+    (tmp_path / "weights.npy").unlink()
+    again, stored, _ = restore_method(str(tmp_path / "run"))
+    assert stored.method.weights.endswith("weights.npy")
+    for ours, theirs in zip(again.encoder.weights, method.encoder.weights):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_non_finite_step_leaves_bank_and_z(kind):
     method = build(**KINDS[kind])
@@ -211,7 +261,10 @@ def test_bank_and_z_are_in_the_checkpoint(tmp_path):
     (dict(loss="hinge"), "method.loss must be one of softmax, nce, full. Received: 'hinge'"),
     (dict(bank_size=0), "number of training images. Received: 0"),
     (dict(loss="nce", num_negatives=41), "Received: 41 negatives, 40 images"),
-    (dict(loss="full", num_negatives=4), "Received: method.num_negatives 4")])
+    (dict(loss="full", num_negatives=4), "Received: method.num_negatives 4"),
+    (dict(momentum=1.5), "from 0 to 1. Received: 1.5"), (dict(momentum=-0.5), "from 0 to 1. Received: -0.5"),
+    (dict(temperature=0.0), "temperature .* must be above 0. Received: 0.0"),
+    (dict(loss="full", weights="w.npy"), "all images are scored. Received: w.npy")])
 def test_settings_that_cannot_be_are_refused_in_one_line(options, told):
     with pytest.raises(UsageError, match=told) as refused:
         build(**options)

@@ -203,7 +203,10 @@ def test_z_is_in_the_checkpoint_and_a_bad_step_leaves_it(tmp_path):
 @pytest.mark.parametrize("options, told", [
     (dict(loss="hinge"), "method.loss must be one of softmax, nce. Received: 'hinge'"),
     (dict(loss="nce"), "number of training images. Received: 0"),
-    (dict(symmetric=True, shuffle_bn="input"), "Use shuffle_bn=cross_replica")])
+    (dict(symmetric=True, shuffle_bn="input"), "Use shuffle_bn=cross_replica"),
+    (dict(momentum=1.5), "from 0 to 1. Received: 1.5"), (dict(momentum=-0.1), "from 0 to 1. Received: -0.1"),
+    (dict(temperature=0.0), "temperature .* must be above 0. Received: 0.0"),
+    (dict(queue_size=0), "Received: queue_size 0")])
 def test_settings_that_cannot_be_are_refused_in_one_line(options, told):
     with pytest.raises(UsageError, match=told) as refused:
         linear(**options)

@@ -40,12 +40,12 @@ def state(method):
     return [v.numpy() for v in [*method.weights, *method.optimizer.variables]]
 
 
-def linear_method(temperature, predictor=None, **options):
+def linear_method(temperature, predictor=None, momentum=0.99, **options):
     """A projection instead of networks, which keeps noise noise; the predictor leaves embeddings as they are."""
     images, embeddings = keras.Input((8, 8, 3)), keras.Input((128,))
     projection = keras.layers.Dense(128, use_bias=False, kernel_initializer=keras.initializers.Orthogonal(seed=0))
     encoder = keras.Model(images, projection(keras.layers.Flatten()(images)))
-    method = MoCoV3(encoder, predictor or keras.Model(embeddings, embeddings), temperature, momentum=0.99, **options)
+    method = MoCoV3(encoder, predictor or keras.Model(embeddings, embeddings), temperature, momentum, **options)
     method.compile(optimizer=SGD(0.03))
     return method
 
@@ -102,10 +102,12 @@ def test_the_momentum_rises_to_one_along_half_a_cosine(step, expected):
 
 
 @pytest.mark.parametrize("options, message", [(dict(momentum_schedule="linear"), "constant, cosine.*'linear'"),
-                                              (dict(momentum_schedule="cosine"), "total_steps None")])
-def test_schedules_that_cannot_be_are_refused(options, message):
+                                              (dict(momentum_schedule="cosine"), "total_steps None"),
+                                              (dict(momentum=1.01), "from 0 to 1. Received: 1.01"),
+                                              (dict(temperature=0.0), "temperature .* above 0. Received: 0.0")])
+def test_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
-        linear_method(0.2, **options)
+        linear_method(**{"temperature": 0.2, **options})
 
 
 def test_what_is_frozen_neither_learns_nor_decays():

@@ -143,6 +143,30 @@ def test_z_is_of_whole_images(method, arguments):
         assert float(ours["accuracy"]) == float(plain["accuracy"]) and float(ours["loss"]) > float(plain["loss"])
 
 
+def test_mixtures_are_scored_by_the_z_of_whole_images():
+    """On the step that sets Z, too: as published, by NCE's terms in NumPy."""
+    method = compiled(unmixed(MoCo, seed=1)(linear_encoder(), **MOCO, loss="nce", num_images=40), lr=0.0)
+    views, queue = batch(), method.queue.keys.numpy().astype(np.float64)
+    (keys,), (query,) = (unit_branches(flat(views[name]) @ kernel_of(method.encoder), 1) for name in ("key", "query"))
+    images, ratio = drawn(method, views["query"])
+    (mixture,) = unit_branches(flat(images) @ kernel_of(method.encoder), 1)
+
+    def probabilities(queries):
+        logits = np.concatenate([(queries * keys).sum(axis=1, keepdims=True), queries @ queue.T], axis=1) / TEMPERATURE
+        return np.exp(logits)
+
+    z, noise = 40 * probabilities(query).mean(), 20 / 40 + 1e-7
+
+    def nce(queries):
+        p = probabilities(queries) / z
+        return (-np.log(p[:, 0] / (p[:, 0] + noise)) - np.log(20 / 40 / (p[:, 1:] + noise)).sum(axis=1)).mean()
+
+    expected = nce(query) + ratio * nce(mixture) + (1 - ratio) * nce(mixture[::-1])
+    assert 0 < ratio < 1
+    np.testing.assert_allclose(method.train_step(views)["loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(method.criteria[0].partition, z, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind, passes", [("moco", 2), ("moco_symmetric", 4), ("moco_v3", 4), ("insdis", 2), ("cmc", 2),
                                           ("end_to_end", 2)])
 def test_a_mixture_costs_one_more_pass_a_query(kind, passes):

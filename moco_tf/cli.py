@@ -369,7 +369,7 @@ def _bench_step(argv):
     flags.DEFINE_string("json", "", "File for all figures.", flag_values=values)
     flags.DEFINE_string("plot", "", "File for a picture, .png.", flag_values=values)
     _strategy_flags(values)
-    config, _ = _parse(argv, values, config=True, default="moco_v2_r50")
+    config, _ = _parse(argv, values, config=True, required=("config",))
     print_onednn()
     from moco_tf.bench.step import bench_step
     bench_step(config, values.rounds, values.steps, values.vs, values.sweep, values.json, values.plot,

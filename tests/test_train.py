@@ -79,8 +79,9 @@ def test_a_terminated_run_saves_itself_and_ends_as_one_that_was_not(finished, tm
     assert_same_run(tmp_path / "run", finished[0])
 
 
-@pytest.mark.parametrize("options", [[], pytest.param(
-    ["--config.method.shard_bank=true", "--strategy=mirrored", "--cpu_replicas=2"], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [
+    [], ["--config.method.shard_bank=true", "--strategy=mirrored", "--cpu_replicas=2"]])
 def test_a_killed_run_with_memory_banks_ends_as_one_that_was_not(tmp_path, options):
     """Banks, Z and negatives: bit for bit, on two replicas with a shard each too."""
     arguments = [f"--config={ROOT / 'tests/bank_config.py'}", *options]
@@ -101,7 +102,7 @@ def copy_of(finished, tmp_path):
     return workdir
 
 
-@pytest.mark.parametrize("damage", ["truncated", "zeros"])
+@pytest.mark.parametrize("damage", ["truncated", pytest.param("zeros", marks=pytest.mark.slow)])
 def test_a_broken_newest_checkpoint_is_found_and_the_one_before_is_used(finished, tmp_path, damage):
     workdir = copy_of(finished, tmp_path)
     data = workdir / "checkpoints" / "step-40.data-00000-of-00001"
@@ -113,6 +114,7 @@ def test_a_broken_newest_checkpoint_is_found_and_the_one_before_is_used(finished
     assert_same_run(workdir, finished[0])
 
 
+@pytest.mark.slow
 def test_a_broken_last_checkpoint_is_written_again(tmp_path):
     workdir = tmp_path / "run"
     often = "--config.checkpoint.every_steps=15"    # 40 steps: the last checkpoint is not one of these
@@ -126,6 +128,7 @@ def test_a_broken_last_checkpoint_is_written_again(tmp_path):
         assert "save_counter" in name or np.asarray(value).tobytes() == np.asarray(state[name]).tobytes(), name
 
 
+@pytest.mark.slow
 def test_two_replicas_resume_bit_for_bit(tmp_path):
     replicas = ["--strategy=mirrored", "--cpu_replicas=2", "--config.bn_group_size=25"]
     for name in ("whole", "stopped"):
@@ -145,6 +148,7 @@ def test_changed_data_are_noticed(finished, tmp_path):
     assert done.returncode == 3 and "9999" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_run_that_has_not_begun_takes_a_corrected_config(finished, tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
@@ -172,6 +176,7 @@ def test_a_workdir_alone_names_its_run(finished):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_knn_command_agrees_with_the_monitor(tmp_path):
     workdir = tmp_path / "run"
     done = pretrain(workdir, "--config.monitor.bank=10000", "--config.monitor.queries=2000", "--config.data.workers=2")
@@ -189,6 +194,7 @@ def test_divergence_stops_the_run_and_names_the_last_good_checkpoint(tmp_path):
     assert "checkpoints/step-" in done.stderr.splitlines()[-1] and "3 non-finite steps in a row" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     """RLIMIT_FSIZE stands in for the full disk: writes beyond it fail as they do there."""
     import resource
@@ -211,7 +217,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     assert moco_tf("pretrain", f"--workdir={workdir}").returncode == 0
 
 
-@pytest.mark.parametrize("images", ["flat", "classes"])
+@pytest.mark.parametrize("images", [pytest.param("flat", marks=pytest.mark.slow), "classes"])
 def test_a_folder_trains_without_and_with_labels_and_lists_what_it_cannot_read(images, tmp_path):
     from PIL import Image
 

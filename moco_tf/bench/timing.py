@@ -168,7 +168,7 @@ def _answer(name, pipe):
         raise MocoError(f"The benchmark's case {name!r} ended without an answer; perhaps memory ran out. Take a smaller "
                         "batch.") from None
     if not good:
-        raise MocoError(f"The benchmark's case {name!r} failed: {answer}")
+        raise answer if isinstance(answer, MocoError) else MocoError(f"The benchmark's case {name!r} failed: {answer}")
     return answer
 
 
@@ -185,10 +185,11 @@ def _serve(pipe, function, arguments):
             pipe.send((True, (turn, peak_mib())))
     except EOFError:
         pass
+    except MocoError as error:
+        pipe.send((False, error))
     except Exception as error:
-        if not isinstance(error, MocoError):
-            traceback.print_exc()
-        pipe.send((False, f"{error}" if isinstance(error, MocoError) else f"{type(error).__name__}: {error}"))
+        traceback.print_exc()
+        pipe.send((False, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))
 
 
 def peak_mib():

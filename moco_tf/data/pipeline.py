@@ -110,7 +110,8 @@ def training_batches(source, recipe, batch_size, steps_per_epoch, seed, first_st
 
     Returns:
         A dataset of one replica's share a time, replica after replica: the views by their names, (N, S, S, C) of their
-        dtype (of a `cropped` recipe also their numbers), "index" (N,) int64, and where there is a view "key" also "key_position" (N,) int32.
+        dtype (of a `cropped` recipe also their numbers), "index" (N,) int64, and where there is a view "key" also
+        "key_position" (N,) int32.
 
     Raises:
         UsageError: the recipe does not take images of the source's number of channels.

@@ -1,9 +1,9 @@
 """What a view does to an image, as torchvision and Pillow define it.
 
 Colour functions work on *planes*: (3, H, W) float32, red, green and blue, 0..255; or (3, B, H, W) of a batch, with
-(B, 1, 1) for each number. The planes come first because a last axis of 3 defeats vectorisation. With `levels` true (the default) every function returns whole grey levels by Pillow's
-arithmetic, which is what the published recipes ran; false gives torchvision's real-valued formulas for tensors.
-Geometry takes images of any number of channels.
+(B, 1, 1) for each number. The planes come first because a last axis of 3 defeats vectorisation. With `levels` true (the
+default) every function returns whole grey levels by Pillow's arithmetic, which is what the published recipes ran; false
+gives torchvision's real-valued formulas for tensors. Geometry takes images of any number of channels.
 
 Random stages (`Stage`) are made by `random_*`. Their numbers depend on the seed alone and are the same with and without
 XLA.

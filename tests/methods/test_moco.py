@@ -97,7 +97,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for():
     np.testing.assert_allclose(moved, [norm, 1.0], rtol=1e-3)
 
 
-@pytest.mark.parametrize("shuffle", ["input", "cross_replica"])
+@pytest.mark.parametrize("shuffle", [pytest.param("input", marks=pytest.mark.slow), "cross_replica"])
 def test_the_whole_step_compiles_and_agrees(shuffle):
     """Through `fit`, as a run with jit_compile does it."""
     class Losses(keras.callbacks.Callback):

@@ -178,7 +178,8 @@ def test_half_precision_trains_with_float32_losses(family, policy):
     np.testing.assert_allclose(logs["loss"], method.chance_loss(8), rtol=0.3)
 
 
-@pytest.mark.parametrize("family", SLOW_RESNET)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["resnet", "vit"])
 def test_a_resumed_run_ends_as_one_that_was_not_interrupted(family, tmp_path):
     """Weights, both kinds of statistics, optimizer, schedules of learning rate and momentum, bit for bit."""
     config = tiny_config(family, **{

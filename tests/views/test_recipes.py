@@ -178,7 +178,8 @@ def test_eval_may_be_bicubic(height, width):
     assert differences.max() <= 1 and np.mean(differences > 0) < 0.01
 
 
-@pytest.mark.parametrize("name, xla", [("moco_v1", True), ("moco_v2", False), ("moco_v3", True), ("cmc", True)])
+@pytest.mark.parametrize("name, xla", [("moco_v1", True), ("moco_v2", False), ("cmc", True),
+                                       pytest.param("moco_v3", True, marks=pytest.mark.slow)])
 def test_a_device_finishes_crops_to_the_level_as_the_host_draws_views(name, xla):
     recipe, count = RECIPES[name](size=32, xla=xla), 24
     images, drawn = tf.constant(noise(count, 40, 48, 3)), seeds(count)

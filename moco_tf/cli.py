@@ -380,7 +380,7 @@ def _bench_data(argv):
     """Times a recipe's input pipeline on your data, stage by stage, and says what it takes to feed a training step.
 
     moco-tf bench data --config=moco_v2_r50 --config.data.path=/data/imagenet
-    moco-tf bench data --config=moco_v2_r50 --config.data.path=/data/imagenet --step_images_per_s=979
+    moco-tf bench data --config=moco_v2_r50 --config.data.path=/data/imagenet --step_images_per_s=1000
     moco-tf bench data --config=moco_v2_r50 --config.data.path=/data/imagenet --vs=torchvision --plot=data.png
     """
     values = _flags()

@@ -49,7 +49,7 @@ SPREAD = re.compile(r'chain_id=.*op_name="([^"]*)"')
 ARRAY = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\](?:\{([^}]*)\})?")    # the layout last: S(...) is not HBM
 COMPUTATION = re.compile(r"^(ENTRY )?%?(\S+) \([^\n]*\{\n(.*?)^\}", re.M | re.S)
 INSTRUCTION = re.compile(r"^ +(ROOT )?%(\S+) = (.*?) ([a-z][\w-]*)\((.*?)\)(.*)$", re.M)
-CALLED = re.compile(r"\b(?:calls|body|to_apply|branch_computations)=\{?(%[^\s,}]+(?:, %[^\s,}]+)*)")
+CALLED = re.compile(r"\b(?:calls|body|to_apply|(?:branch|true|false)_computations?)=\{?(%[^\s,}]+(?:, %[^\s,}]+)*)")
 WITHOUT_TRAFFIC = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all")
 CUTS = ("slice", "dynamic-slice", "gather")                 # read as much as they give
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}         # in place; write as much as this operand has
@@ -314,10 +314,10 @@ class _Program:
         for entry, name, body in COMPUTATION.findall(text):
             self.computations[name] = {}
             for root, label, shape, opcode, operands, rest in INSTRUCTION.findall(body):
-                called = CALLED.search(rest)
+                called = ", ".join(CALLED.findall(rest))
                 instruction = self.computations[name][label] = _Instruction(
                     opcode, _arrays(shape), re.findall(r"%([^\s,)]+)", operands) or [operands],
-                    called[1].replace("%", "").split(", ") if called else [])
+                    called.replace("%", "").split(", ") if called else [])
                 if root:
                     self.roots[name] = instruction
             if entry:

@@ -18,6 +18,7 @@ from moco_tf.data.sources import Folder, RandomAccess, Source, Subset, epoch_key
 from moco_tf.data.tools import reason
 from moco_tf.errors import DataError, UsageError
 from moco_tf.files import write_file
+from moco_tf.methods import METHODS
 from moco_tf.train import image_mixture, input_recipe, normalized_in_input, open_data, versions, view_recipe
 from moco_tf.views.recipes import Recipe, View
 
@@ -49,6 +50,8 @@ def bench_data(config, images=512, rounds=5, vs=(), step_rates=(), json_file="",
         DataError: data that cannot be opened.
         MocoError: a case failed, perhaps for images that cannot be read.
     """
+    if not config.views.get("size", 224):
+        raise UsageError("The views need a size. Received: views.size 0, for the encoder's. Set it: --config.views.size=224.")
     cases = {OURS: (ours, dict(config=configs.to_json(config), images=images))}
     source = sample(open_data(config)[0], images)
     if vs:
@@ -299,12 +302,14 @@ def advice(report, rate):
     if needed <= here:
         return [f"{line}: the data keep up"]
     lines = [f"{line}: the step waits. {-(-needed // here):.0f} such hosts feed it, or:"]
-    if not config["data"]["device_views"]:
+    if (config["method"]["name"] in METHODS and not config["data"]["device_views"]
+            and config["data"]["normalize"] == "step" and config["mixture"]["name"] in ("none", "unmix")):
         lines.append("  --config.data.device_views=True: colours and blur in the step; "
                      f"{cores(report['host_ms']):.1f} cores")
-    if data["bytes"] and min(data["height"], data["width"]) > TOO_LARGE * (config["views"].get("size") or 0):
+    size = config["views"].get("size", 224)
+    if data["bytes"] and min(data["height"], data["width"]) > TOO_LARGE * size:
         lines.append(f"  smaller files: these are of {data['width']:.0f} x {data['height']:.0f} pixels; about "
-                     f"{8 * config['views']['size'] // 7} on the shorter side are enough")
+                     f"{8 * size // 7} on the shorter side are enough")
     if stages[READ] > NOTABLE * report["cpu_ms"] and config["data"]["name"] == "folder":
         lines.append("  moco-tf data pack: records are read in long runs, small files one by one")
     if config["data"]["normalize"] == "input" and config["mixture"]["name"] == "none":

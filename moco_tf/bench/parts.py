@@ -61,7 +61,8 @@ def training_step(config, strategy, steps):
         tf.config.experimental.set_memory_growth(gpu, True)
     set_intra_op_threads(config.intra_op_threads)
     strategy, reason = make_strategy(**strategy)
-    check(config, max(IMAGES, config.batch_size), strategy.num_replicas_in_sync, view_names(config))
+    images = config.method.get("bank_size") or config.method.get("num_images") or max(IMAGES, config.batch_size)
+    check(config, images, strategy.num_replicas_in_sync, view_names(config))
     set_precision(config.precision)
     with strategy.scope():
         method = build_method(config, IMAGES // config.batch_size or 1, normalizer(view_recipe(config)))

@@ -13,7 +13,7 @@ from moco_tf.bench.parts import IMAGES, PRODUCT, share_outside_products, trainin
 from moco_tf.bench.timing import in_turns, ratio
 from moco_tf.errors import UsageError
 from moco_tf.files import write_file
-from moco_tf.train import learning_rate, versions
+from moco_tf.train import learning_rate, versions, view_names
 
 OURS, THEIRS = "moco_tf", "PyTorch"
 # PyTorch's threads otherwise spin while they wait for each other, ten times too slow where a core is not theirs alone.
@@ -39,6 +39,8 @@ def bench_step(config, rounds=5, steps=0, vs=None, sweep="", json_file="", plot=
         UsageError: a sweep of no key, PyTorch missing, or a config that has no equivalent there.
         MocoError: a case failed.
     """
+    if not view_names(config):
+        raise UsageError(f"bench step takes the recipe of a pre-training. Received: that of {config.method.name}.")
     wanted = {value: _measurable(each) for value, each in swept(config, sweep).items()}
     on_gpu, on_tpu = (bool(tf.config.list_physical_devices(kind)) for kind in ("GPU", "TPU"))
     accelerated = on_gpu or on_tpu
@@ -83,7 +85,10 @@ def swept(config, sweep):
     named = [key] if key in flat else [name for name in flat if name.rpartition(".")[2] == key]
     if len(named) != 1:
         configs.refuse_unknown(config, key) if not named else None
+        named = named or [name for name in flat if name.startswith(f"{key}.")]
         raise UsageError(f"--sweep takes one key of the config. Received: {key}, which may be {', '.join(named)}.")
+    if isinstance(flat[named[0]], tuple):
+        raise UsageError(f"--sweep takes a key of one number or word. Received: {named[0]}, which is a row of them.")
     kind, texts = type(flat[named[0]]), [text for text in values.split(",") if text]
     try:
         typed = {text: {"true": True, "false": False}[text.lower()] if kind is bool else kind(text) for text in texts}
@@ -107,6 +112,8 @@ def _cases(config, steps, vs, strategy, on_gpu):
     cases = {OURS: (training_step, dict(config=configs.to_json(config), strategy=strategy, steps=steps))}
     if vs:
         settings = torch_settings(config, "cuda" if on_gpu else "cpu")
+        if strategy.get("cpu_replicas", 0) > 1:
+            raise UsageError(f"--vs=torch has one replica. Received: cpu_replicas {strategy['cpu_replicas']}.")
         if importlib.util.find_spec("torch") is None:
             raise UsageError("--vs=torch needs PyTorch: pip install 'moco_tf[torch]'.")
         from moco_tf.bench import torch_step
@@ -127,6 +134,7 @@ def torch_settings(config, device="cpu"):
         "method.loss softmax": method.get("loss", "softmax") == "softmax",
         "method.symmetric False": not method.get("symmetric", False),
         "mixture.name none": config.mixture.name == "none",
+        "data.channels 3": config.data.channels == 3 and not backbone.get("stem_channels"),
         "backbone.name resnet without groups": backbone.name == "resnet" and (
             backbone.get("groups", 1), backbone.get("width_per_group", 64)) == (1, 64),
         "head.name linear or mlp": head.name in ("linear", "mlp"),
@@ -148,7 +156,7 @@ def torch_settings(config, device="cpu"):
                           momentum=method.momentum),
                 optimizer=dict(lr=learning_rate(config), momentum=optimizer.get("momentum", 0.9),
                                weight_decay=optimizer.get("weight_decay", 0.0)),
-                batch_size=config.batch_size, size=config.views.size, device=device, precision=config.precision,
+                batch_size=config.batch_size, size=config.views.get("size", 224), device=device, precision=config.precision,
                 threads=config.intra_op_threads or os.cpu_count())
 
 
@@ -179,7 +187,7 @@ def _result(ours, theirs, config):
     for turn in ours.rounds:
         kinds.update({kind: 1e3 * seconds / len(ours.rounds) for kind, seconds in turn.operations.items()})
     result = {
-        **ours.summary(), "batch_size": config.batch_size, "size": config.views.get("size"),
+        **ours.summary(), "batch_size": config.batch_size, "size": config.views.get("size", 224),
         "precision": config.precision, "bn_group_size": config.bn_group_size, "spread_ms": ours.spread(),
         "images_per_s": 1e3 * config.batch_size / ours.wall_ms, "clock": clock, "parts": parts,
         "explained": median(lambda turn: sum(
@@ -224,7 +232,7 @@ def format_result(value, result):
         theirs = result["torch"]
         low, high = theirs["spread_ms"]
         lines.append(f"PyTorch {theirs['version']}: {theirs['wall_ms']:.1f} ms (rounds {low:.1f} to {high:.1f}), CPU "
-                     f"{theirs['cpu_ms']:.0f} ms, memory {theirs['peak_mib']:.0f} MiB; {theirs['times_ours']:.2f} "
+                     f"{theirs['cpu_ms']:.0f} ms, memory {theirs['step_peak_mib']:.0f} MiB; {theirs['times_ours']:.2f} "
                      f"times our time, {theirs['cpu_times_ours']:.2f} times our CPU time (medians of the rounds' "
                      "ratios)")
     return "\n".join(lines)

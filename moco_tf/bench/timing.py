@@ -149,8 +149,7 @@ def in_turns(cases, rounds, unit="round", environment=None):
             running[name] += (Measured(facts, setup_s, [], 0.0),)
         for _ in tqdm(range(rounds), desc="rounds in turns", unit=unit, disable=None):
             for name, (_, pipe, measured) in running.items():
-                pipe.send(True)
-                turn, measured.peak_mib = _answer(name, pipe)
+                turn, measured.peak_mib = _answer(name, pipe, ask=True)
                 measured.rounds.append(turn)
     finally:
         for process, *_ in running.values():
@@ -161,10 +160,12 @@ def in_turns(cases, rounds, unit="round", environment=None):
     return {name: measured for name, (_, _, measured) in running.items()}
 
 
-def _answer(name, pipe):
+def _answer(name, pipe, ask=False):
     try:
+        if ask:
+            pipe.send(True)
         good, answer = pipe.recv()
-    except EOFError:
+    except (EOFError, ConnectionError):
         raise MocoError(f"The benchmark's case {name!r} ended without an answer; perhaps memory ran out. Take a smaller "
                         "batch.") from None
     if not good:

@@ -9,7 +9,7 @@ import copy
 import torch
 from torch.nn import functional
 
-from moco_tf.bench.timing import timed
+from moco_tf.bench.timing import peak_mib, timed
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -134,6 +134,7 @@ def training_step(settings, steps):
     first = timed(lambda: take(1), units=1).wall_s
     take(1)
     steps = steps or max(1, round(3 / timed(lambda: take(1), units=1).wall_s))
-    yield {"version": torch.__version__, "first_call_s": first, "steps": steps}
+    peak = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else peak_mib()
+    yield {"version": torch.__version__, "first_call_s": first, "steps": steps, "step_peak_mib": peak}
     while True:
         yield timed(lambda: take(steps), units=steps)

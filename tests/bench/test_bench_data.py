@@ -61,7 +61,7 @@ def test_advice_counts_cores_and_names_what_helps():
     report = {"cpu_ms": 7.0, "host_ms": 3.5, "cpus": 4, "stages": {data.READ: 1.4},
               "data": {"height": 2000.0, "width": 3000.0, "bytes": 3e6},
               "config": {"data": {"name": "folder", "normalize": "step", "device_views": False},
-                         "views": {"size": 224}}}
+                         "views": {"size": 224}, "method": {"name": "moco"}, "mixture": {"name": "none"}}}
     assert "1.0 cores" in data.advice(report, 100)[0] and data.advice(report, 100)[0].endswith("the data keep up")
     first, *options = data.advice(report, 1000)
     assert "takes 10.0 cores" in first and "make 400 images/s" in first and "3 such hosts" in first

@@ -23,6 +23,11 @@ def sleeping(seconds, units):
         yield timing.timed(lambda: time.sleep(seconds), units)
 
 
+def dying():
+    yield {}
+    os._exit(1)
+
+
 def failing(error):
     yield {}
     raise error
@@ -66,6 +71,11 @@ def test_processes_that_a_case_starts_count():
             child.communicate(b"\n")
 
     assert 0.1 < in_another() < 0.6
+
+
+def test_a_case_that_is_killed_is_named():
+    with pytest.raises(MocoError, match="case 'bad' ended without an answer"):
+        timing.in_turns({"bad": (dying, {})}, rounds=2)
 
 
 @pytest.mark.parametrize("error, said", [(DataError("no such image"), "^no such image$"), (ValueError("7"), "failed: ValueError: 7")])

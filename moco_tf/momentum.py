@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from moco_tf.distribute import update_copies
+from moco_tf.errors import UsageError
 
 keras = tf.keras
 
@@ -22,6 +23,13 @@ def momentum_copy(encoder):
     twin = copy_of(encoder)
     twin.trainable = False
     return twin
+
+
+def require_momentum(momentum):
+    """Raises UsageError unless it is a share of the momentum encoder."""
+    if not 0 <= momentum <= 1:
+        raise UsageError("method.momentum is the share of the momentum encoder that a step keeps, from 0 to 1. "
+                         f"Received: {momentum}. The papers' are 0.99 to 0.999.")
 
 
 def momentum_update(twin, encoder, momentum, buffers=False):

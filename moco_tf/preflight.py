@@ -29,7 +29,7 @@ from tensorflow.compiler.xla.service import hlo_pb2
 from moco_tf import cli
 from moco_tf import config as configs
 from moco_tf.data.pipeline import training_batches
-from moco_tf.data.sources import open_source
+from moco_tf.data.sources import Black
 from moco_tf.distribute import ReplicaOfMany
 from moco_tf.errors import UsageError
 from moco_tf.files import write_file
@@ -93,7 +93,7 @@ def lower(config, replicas, images=IMAGENET):
         method = build_method(config, steps_per_epoch=images // config.batch_size or 1,
                               normalize_views=normalizer(recipe))
     # The views of any source have the shapes of these.
-    views = training_batches(open_source("embedded"), input_recipe(config, recipe),
+    views = training_batches(Black(max(images, config.batch_size), config.data.channels), input_recipe(config, recipe),
                              config.batch_size, steps_per_epoch=1, seed=0, shuffle=config.shuffle_bn == "input",
                              bn_group_size=bn_group(config, replicas), repeats=config.data.repeats,
                              mixture=image_mixture(config), replicas=replicas).element_spec

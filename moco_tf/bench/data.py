@@ -14,7 +14,7 @@ from moco_tf import config as configs
 from moco_tf.bench import peers
 from moco_tf.bench.timing import Measured, in_turns, ratio, settle, timed
 from moco_tf.data.pipeline import Unreadable, training_batches
-from moco_tf.data.sources import Folder, RandomAccess, Source, Subset, epoch_key, permutation
+from moco_tf.data.sources import Black, Folder, Source, Subset, epoch_key, permutation
 from moco_tf.data.tools import reason
 from moco_tf.errors import DataError, UsageError
 from moco_tf.files import write_file
@@ -154,7 +154,7 @@ def pipelines(config, source, batch_size, unreadable=None):
 
     names = stage_names(recipe)
     built = {READ: each(read), DECODE: each(lambda example: source.image(example)[0, 0, 0]),
-             BATCHED: draw(Nothing(source), blank(recipe)), CROP: draw(source, with_stages(recipe, ()))}
+             BATCHED: draw(Black(source.size, source.channels), blank(recipe)), CROP: draw(source, with_stages(recipe, ()))}
     drawn = input_recipe(config, recipe)
     if config.data.device_views:
         built[CROP] = draw(source, drawn)
@@ -204,18 +204,6 @@ class Blank(View):
 
     def __call__(self, image, seed):
         return tf.zeros([self.size, self.size, image.shape[-1]], self.dtype)
-
-
-class Nothing(RandomAccess):
-    """As many images as a source has, of one pixel; nothing is read."""
-
-    can_fail = False
-
-    def __init__(self, source):
-        self.size, self.channels = source.size, source.channels
-
-    def image(self, example):
-        return tf.zeros([1, 1, self.channels], tf.uint8)
 
 
 # ---------------------------------------------------------------------------------------------- data

@@ -18,7 +18,7 @@ from tensorflow.tsl.profiler.protobuf import xplane_pb2
 from moco_tf import config as configs
 from moco_tf.bench.timing import peak_mib, timed
 from moco_tf.data.pipeline import training_batches
-from moco_tf.data.sources import open_source
+from moco_tf.data.sources import Black
 from moco_tf.distribute import apply_gradients_if, make_strategy, mean_over_replicas, set_intra_op_threads
 from moco_tf.momentum import momentum_update
 from moco_tf.train import (bn_group, build_method, check, image_mixture, input_recipe, normalizer, set_precision,
@@ -67,7 +67,7 @@ def training_step(config, strategy, steps):
     with strategy.scope():
         method = build_method(config, IMAGES // config.batch_size or 1, normalizer(view_recipe(config)))
     batches = iter(strategy.distribute_datasets_from_function(
-        lambda context: made_up(config, strategy.num_replicas_in_sync // context.num_input_pipelines)))
+        lambda context: made_up(config, images, strategy.num_replicas_in_sync // context.num_input_pipelines)))
     train, at_once = method.make_train_function(), config.steps_per_execution
 
     def take(count):
@@ -105,19 +105,19 @@ def device_peak_mib(device):
 
 # ---------------------------------------------------------------------------------------------- views
 
-def made_up(config, replicas):
-    """One batch again and again, dealt to the replicas: what the recipe's pipeline hands out, of random images."""
+def made_up(config, images, replicas):
+    """One batch again and again, dealt to the replicas: what the recipe's pipeline hands out, of so many random images."""
     recipe, random = view_recipe(config), np.random.default_rng(config.seed)
     batches = training_batches(
-        open_source("embedded"), input_recipe(config, recipe), config.batch_size, steps_per_epoch=1, seed=0,
+        Black(images, config.data.channels), input_recipe(config, recipe), config.batch_size, steps_per_epoch=1, seed=0,
         shuffle=config.shuffle_bn == "input", bn_group_size=bn_group(config, replicas), repeats=config.data.repeats,
         mixture=image_mixture(config), replicas=replicas)
 
     def made(value):
         if value.shape.rank != 4:
             return value
-        shape = (*value.shape[:3], config.data.channels)
-        levels = random.integers(256, size=shape) if value.dtype == tf.uint8 else random.normal(size=shape)
+        levels = (random.integers(256, size=value.shape) if value.dtype == tf.uint8 else
+                  random.normal(size=value.shape))
         return tf.cast(levels, value.dtype)
 
     shares = [{name: made(value) for name, value in share.items()} for share in batches.take(replicas)]

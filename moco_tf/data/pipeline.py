@@ -233,7 +233,7 @@ def _viewed(source, recipe, examples, batch_size, parallel, mixture=None):
         if mixture:
             views = {name: views[name] for name in recipe.views}
             partner = _drawn_from(source, recipe, views)
-            views = mixture.stage(views, _mixture_seed(recipe, image_seed), partner)
+            views = mixture.stage(views, recipe.mixture_seed(image_seed), partner)
         return readable, {"index": source.index_of(example), "label": decoded["label"], **views}
 
     return examples.map(views_of_one, parallel).batch(batch_size, drop_remainder=True)
@@ -273,7 +273,7 @@ def _mixed_rows(mixture, source, recipe, batch, seeds):
     def asked_by(seeds):
         """The seeds of the partners that each row may ask for, (size, A, 2), and for which it does, (size, A)."""
         count = mixture.asked(seeds[0])[1].shape[0]
-        return tf.map_fn(lambda seed: mixture.asked(_mixture_seed(recipe, seed)), seeds, fn_output_signature=(
+        return tf.map_fn(lambda seed: mixture.asked(recipe.mixture_seed(seed)), seeds, fn_output_signature=(
             tf.TensorSpec([count, 2], tf.int32), tf.TensorSpec([count], tf.bool)))
 
     @compiled
@@ -289,7 +289,7 @@ def _mixed_rows(mixture, source, recipe, batch, seeds):
                     place = tf.random.stateless_uniform([], seed, 0, size, tf.int32, alg="philox")
                 return {name: tf.gather(rows, place) for name, rows in others.items()}
 
-            return mixture.stage(own, _mixture_seed(recipe, seed), partner)
+            return mixture.stage(own, recipe.mixture_seed(seed), partner)
 
         return tf.map_fn(one, (views, seeds, *found), fn_output_signature={
             name: tf.TensorSpec(view.shape[1:], view.dtype) for name, view in views.items()})
@@ -320,11 +320,6 @@ def _partners(source, recipe, seeds, views):
     drawn = tf.map_fn(lambda batch: recipe.apply_batch(*batch), batches, fn_output_signature={
         name: tf.TensorSpec(view.shape, view.dtype) for name, view in views.items()})
     return {name: tf.reshape(view, [-1, *view.shape[2:]]) for name, view in drawn.items()}
-
-
-def _mixture_seed(recipe, image_seed):
-    """The next after those of the views."""
-    return tf.random.split(image_seed, len(recipe.views) + 1, alg="philox")[-1]
 
 
 def _split_examples(source, seed, per_epoch, first_step, repeats, batch_size, hosts):

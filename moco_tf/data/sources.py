@@ -168,6 +168,21 @@ class Embedded(RandomAccess):
         return f"embedded {self.split}[{int(index)}]"
 
 
+class Black(RandomAccess):
+    """So many black images of one pixel: for the shapes of batches, and for what a pipeline takes besides the images."""
+
+    can_fail = False
+
+    def __init__(self, size, channels):
+        self.size, self.channels = size, channels
+
+    def image(self, example):
+        return tf.zeros([1, 1, self.channels], tf.uint8)
+
+    def describe(self, index):
+        return f"black[{int(index)}]"
+
+
 class Folder(RandomAccess):
     """Image files below a folder, flat or nested, local or remote; hidden ones and other extensions are left out.
 

@@ -9,7 +9,7 @@ from moco_tf.losses import contrastive_logits, positive_rank
 from moco_tf.memory import Queue
 from moco_tf.methods.base import accuracies, contrasted, least_feature_std
 from moco_tf.methods.two_encoders import TwoEncoders
-from moco_tf.momentum import momentum_copy, momentum_update
+from moco_tf.momentum import momentum_copy, momentum_update, require_momentum
 
 
 class MoCo(TwoEncoders):
@@ -45,9 +45,7 @@ class MoCo(TwoEncoders):
         if symmetric and shuffle_bn == "input":
             raise UsageError("A symmetric loss makes keys of both views, and the pipeline permutes one. Received: "
                              "method.symmetric with shuffle_bn input. Use shuffle_bn=cross_replica.")
-        if not 0 <= momentum <= 1:
-            raise UsageError("method.momentum is the share of the momentum encoder that a step keeps, from 0 to 1. "
-                             f"Received: {momentum}. The papers' are 0.99 to 0.999.")
+        require_momentum(momentum)
         branches = encoder.output_shape[-1] // dim
         self.queue = Queue(queue_size, dim, branches, seed=seed, name="queue")
         self.pairs = contrasted(branches)

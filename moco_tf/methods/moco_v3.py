@@ -9,7 +9,7 @@ from moco_tf.distribute import first_row, gather_rows
 from moco_tf.errors import UsageError
 from moco_tf.losses import in_batch_logits, info_nce, positive_rank, unit
 from moco_tf.methods.base import Method, accuracies, feature_std
-from moco_tf.momentum import momentum_copy, momentum_update
+from moco_tf.momentum import momentum_copy, momentum_update, require_momentum
 from moco_tf.optim.schedules import half_cosine
 
 keras = tf.keras
@@ -56,9 +56,7 @@ class MoCoV3(Method):
                              f"embeddings of {encoder.output_shape[-1]} values, a predictor of "
                              f"{predictor.input_shape[-1]}. Leave out branches, or use the method moco.")
         require_temperature(temperature)
-        if not 0 <= momentum <= 1:
-            raise UsageError("method.momentum is the share of the momentum encoder that a step keeps, from 0 to 1. "
-                             f"Received: {momentum}. The papers' are 0.99 to 0.999.")
+        require_momentum(momentum)
         self.predictor = predictor
         self.key_encoder = momentum_copy(encoder)
         self.temperature, self.momentum = temperature, momentum

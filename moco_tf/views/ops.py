@@ -479,6 +479,8 @@ def random_jitter(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, probabi
     """
     strengths = {"brightness": brightness, "contrast": contrast, "saturation": saturation, "hue": hue}
     names = [name for name, strength in strengths.items() if strength]
+    if not names:
+        return Stage("jitter", 0.0, lambda planes, _: planes)
     middle = {name: 0.0 if name == "hue" else 1.0 for name in names}
     low = tf.constant([max(middle[n] - strengths[n], -0.5 if n == "hue" else 0.0) for n in names])
     span = tf.constant([middle[n] + strengths[n] for n in names]) - low
@@ -499,8 +501,7 @@ def random_jitter(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, probabi
                 planes = tf.where(order[..., place] == k, adjusted, planes)
         return planes
 
-    return Stage("jitter", probability if names else 0.0, change if names else _unchanged,
-                 len(names) + 1 if names else 0, change_batch if names else None)
+    return Stage("jitter", probability, change, len(names) + 1, change_batch)
 
 
 def random_grayscale(probability):
@@ -521,11 +522,6 @@ def random_blur(sigma, probability=1.0):
         raise UsageError(f"The blur is built for 0 < sigma < {MAX_SIGMA:.2f} pixels. Received: sigma {sigma}.")
     return Stage("blur", probability,
                  lambda planes, numbers: blur(planes, sigma[0] + (sigma[1] - sigma[0]) * numbers[0]), 1)
-
-
-def _unchanged(planes, numbers):
-    del numbers
-    return planes
 
 
 # --- normalisation: the first op of the training step, or the last stage of a view ---

@@ -40,7 +40,7 @@ class View:
                              "RandAugment. Leave data.device_views out.")
         self.size, self.crop, self.stages, self.interpolation = size, crop, tuple(stages), interpolation
         self.dtype = tf.float32 if normalize else tf.uint8
-        self._xla, self._to_image, self._cropped = xla, normalize or ops.to_image, cropped
+        self._xla, self._to_image, self.is_crop = xla, normalize or ops.to_image, cropped
         self._stays_crop = not normalize and (cropped or not stages)
         self._draw = tf.function(self._of_columns, autograph=False, jit_compile=xla)
         self.finish = tf.function(self._finish, autograph=False, jit_compile=xla)
@@ -50,7 +50,7 @@ class View:
         """The same view with that as its last stage."""
         return View(self.size, self.crop, self.stages, self._xla, self.interpolation, normalize)
 
-    def cropped(self):
+    def as_crop(self):
         """The same view without its stages, which `finish` does."""
         return View(self.size, self.crop, self.stages, self._xla, self.interpolation, cropped=True)
 
@@ -68,6 +68,11 @@ class View:
         frame = self.crop(tf.constant(list(image.shape[:2])), self._seeds(seed)[0])
         return self._run(ops.resample_planes(image, frame, self.size, self.interpolation), seed)
 
+    @property
+    def counts(self):
+        """How many numbers each stage draws."""
+        return [1 + stage.count for stage in self.stages]
+
     def numbers(self, seed):
         """What the stages draw from a view's seed, (n,) float32."""
         drawn = [stage.draw(stage_seed) for stage, stage_seed in zip(self.stages, tf.unstack(self._seeds(seed))[1:])]
@@ -77,7 +82,7 @@ class View:
         """Does the stages: (B, size, size, C) uint8 that a `cropped` view has drawn, (B, n) of their `numbers` ->
         (B, size, size, C) uint8, to the level what the view would be."""
         planes = ops.to_planes(images)
-        for stage, own in zip(self.stages, tf.split(numbers, [1 + stage.count for stage in self.stages], axis=1)):
+        for stage, own in zip(self.stages, tf.split(numbers, self.counts, axis=1)):
             planes = stage.of_batch(planes, own)
         return ops.to_image(planes)
 
@@ -86,7 +91,7 @@ class View:
 
     def _run(self, planes, seed):
         planes = ops.nearest(planes)
-        for stage, stage_seed in zip(() if self._cropped else self.stages, tf.unstack(self._seeds(seed))[1:]):
+        for stage, stage_seed in zip(() if self.is_crop else self.stages, tf.unstack(self._seeds(seed))[1:]):
             planes = stage(planes, stage_seed)
         return self._to_image(planes)
 
@@ -99,7 +104,6 @@ class Recipe:
 
     Attributes:
         views: {name: View}; all of one size.
-        cropped: whether the views are drawn without their stages, beside which come the numbers that `finish` needs.
         mean, std: of each channel on [0, 1]; None where there is a `space`.
         space: of `colour.SPACES`, whose constants normalise; None: the channels stay what they are.
         channels: of the images it takes, 3 where a stage or the space needs colours; None: any number.
@@ -108,11 +112,11 @@ class Recipe:
         UsageError: no such space.
     """
 
-    def __init__(self, views, mean=None, std=None, xla=True, space=None, channels=3, cropped=False):
+    def __init__(self, views, mean=None, std=None, xla=True, space=None, channels=3):
         if space is not None:
             colour.require_space(space)
         self.views, self.mean, self.std, self.xla = dict(views), mean, std, xla
-        self.space, self.channels, self.cropped = space, channels, cropped
+        self.space, self.channels = space, channels
         self.apply_batch = tf.function(self._apply_batch, autograph=False, jit_compile=xla)
         self.apply_batch.__doc__ = self._apply_batch.__doc__
 
@@ -122,6 +126,15 @@ class Recipe:
         Where the recipe is `cropped`, also {numbers_of(name): (n,) float32}.
         """
         return self._drawn(seed, lambda view, view_seed: view(image, view_seed))
+
+    @property
+    def cropped(self):
+        """Whether views are drawn without their stages, and beside them the numbers that `finish` needs."""
+        return all(view.is_crop for view in self.views.values())
+
+    def mixture_seed(self, seed):
+        """The seed of a mixture, from an image's: the next after those of the views."""
+        return ops.split(seed, len(self.views) + 1)[-1]
 
     def pair(self):
         """A recipe of two views, to retrieve one by the other: this one, or its only view drawn twice."""
@@ -150,8 +163,8 @@ class Recipe:
 
     def crops(self):
         """The `cropped` recipe of the same draws: its `finish` makes the views that this one draws."""
-        twins = {view: view.cropped() for view in set(self.views.values())}
-        return self._with({name: twins[view] for name, view in self.views.items()}, cropped=True)
+        twins = {view: view.as_crop() for view in set(self.views.values())}
+        return self._with({name: twins[view] for name, view in self.views.items()})
 
     def require_channels(self, channels):
         """Raises UsageError where the recipe does not take images of so many channels."""
@@ -164,8 +177,8 @@ class Recipe:
             return ops.interleave(colour.normalized(planes, self.space))
         return tf.transpose(ops.normalize_planes(planes, self.mean, self.std), [1, 2, 0])
 
-    def _with(self, views, cropped=False):
-        return Recipe(views, self.mean, self.std, self.xla, self.space, self.channels, cropped)
+    def _with(self, views):
+        return Recipe(views, self.mean, self.std, self.xla, self.space, self.channels)
 
     def _drawn(self, seed, draw):
         """{name: draw(view, its seed)}, and the numbers."""
@@ -185,7 +198,7 @@ class Recipe:
         signature = {name: tf.TensorSpec([view.size, view.size, images.shape[-1]], view.dtype)
                      for name, view in self.views.items()}
         if self.cropped:
-            signature.update({numbers_of(name): tf.TensorSpec([sum(1 + stage.count for stage in view.stages)])
+            signature.update({numbers_of(name): tf.TensorSpec([sum(view.counts)])
                               for name, view in self.views.items()})
         return tf.map_fn(one, (images, seeds), fn_output_signature=signature)
 

@@ -65,7 +65,7 @@ def show_views(config, count=6, draws=3):
     for i, image in enumerate(images):
         seeds = [tf.constant([i, draw]) for draw in range(draws)]
         drawn = [recipe.apply(image, seed) for seed in seeds]
-        mixed = [mixture.stage(views, ops.split(seed, len(views) + 1)[-1], partner)    # the seed after the views' own
+        mixed = [mixture.stage(views, recipe.mixture_seed(seed), partner)
                  for views, seed in zip(drawn, seeds)] if mixture else []
         shown = [image.numpy(), *(views[name].numpy() for some in (drawn, mixed) for name in recipe.views
                                   for views in some)]

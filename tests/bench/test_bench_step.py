@@ -101,7 +101,7 @@ def test_a_run_traces_its_step_once(at_once, traces):
         return step(views)
 
     method.train_step = counted
-    method.fit(parts.made_up(config, 1), steps_per_epoch=6, epochs=2, verbose=0)
+    method.fit(parts.made_up(config, 10, 1), steps_per_epoch=6, epochs=2, verbose=0)
     assert len(traced) == traces
     assert method.optimizer.iterations.numpy() == 12
 

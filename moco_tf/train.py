@@ -177,7 +177,7 @@ def build_method(config, steps_per_epoch, normalize_views=None):
         methods[config.method.name] = construct({"unmix": unmixed}, config.mixture, "mixture", dict(seed=config.seed),
                                                 method=METHODS[config.method.name])
     method = construct(methods, config.method, "method", offered, encoder=build_encoder(config),
-                       finish=view_recipe(config).finish if config.data.device_views else None,
+                       finish=view_recipe(config).finish_batch if config.data.device_views else None,
                        **step_options(config, normalize_views))
     return compile_method(method, config, steps_per_epoch)
 

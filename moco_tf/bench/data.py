@@ -20,6 +20,7 @@ from moco_tf.errors import DataError, UsageError
 from moco_tf.files import write_file
 from moco_tf.methods import METHODS
 from moco_tf.train import image_mixture, input_recipe, normalized_in_input, open_data, versions, view_recipe
+from moco_tf.views import ops
 from moco_tf.views.recipes import Recipe, View
 
 BATCH = 32          # images; an image costs the same in a run's larger batches
@@ -154,7 +155,7 @@ def pipelines(config, source, batch_size, unreadable=None):
 
     names = stage_names(recipe)
     built = {READ: each(read), DECODE: each(lambda example: source.image(example)[0, 0, 0]),
-             BATCHED: draw(Black(source.size, source.channels), blank(recipe)), CROP: draw(source, with_stages(recipe, ()))}
+             BATCHED: draw(Black(source.size, source.channels), Blank(recipe)), CROP: draw(source, with_stages(recipe, ()))}
     drawn = input_recipe(config, recipe)
     if config.data.device_views:
         built[CROP] = draw(source, drawn)
@@ -183,14 +184,9 @@ def with_stages(recipe, names):
     """The recipe without the stages of other names."""
     def cut(view):
         stages = [stage for stage in view.stages if name_of(stage) in names]
-        return View(view.size, view.crop, stages, recipe.xla, view.interpolation)
+        return View(view.size, view.crop, stages, view.interpolation)
 
     return _with_views(recipe, cut)
-
-
-def blank(recipe):
-    """The recipe with views that are black, and cost nothing."""
-    return _with_views(recipe, lambda view: Blank(view.size, view.crop))
 
 
 def _with_views(recipe, change):
@@ -199,11 +195,16 @@ def _with_views(recipe, change):
                   recipe.space, recipe.channels)
 
 
-class Blank(View):
-    """A view that is black."""
+class Blank(Recipe):
+    """As many views as another recipe's, which are black and cost nothing."""
 
-    def __call__(self, image, seed):
-        return tf.zeros([self.size, self.size, image.shape[-1]], self.dtype)
+    def __init__(self, recipe):
+        nothing = ops.Crop(1, None)
+        views = {name: View(view.size, nothing) for name, view in recipe.views.items()}
+        super().__init__(views, xla=recipe.xla, channels=recipe.channels, cropped=True)
+
+    def crop(self, image, numbers):
+        return {name: tf.zeros([view.size, view.size, image.shape[-1]], view.dtype) for name, view in self.views.items()}
 
 
 # ---------------------------------------------------------------------------------------------- data

@@ -21,6 +21,7 @@ FOREVER = tf.int64.max
 CLOCK_SLOTS = 1024
 # Nothing here is for AutoGraph, which takes two thirds of the time of tracing.
 as_written = tf.autograph.experimental.do_not_convert
+AT_ONCE = 8        # images that one call of XLA draws or finishes, at most: calls cost little then, and memory as well
 SMALL = 64 * 64    # pixels of a source's images up to which a batch of them is augmented in one call
 
 
@@ -227,16 +228,29 @@ def _viewed(source, recipe, examples, batch_size, parallel, mixture=None):
 
         return examples.map(read_one, parallel).batch(batch_size, drop_remainder=True).map(views_of_batch, parallel)
 
-    def views_of_one(example, image_seed):
-        readable, decoded = decode(example)
-        views = recipe.apply(decoded["image"], image_seed)
-        if mixture:
-            views = {name: views[name] for name in recipe.views}
-            partner = _drawn_from(source, recipe, views)
-            views = mixture.stage(views, recipe.mixture_seed(image_seed), partner)
-        return readable, {"index": source.index_of(example), "label": decoded["label"], **views}
+    if mixture:
+        def mixed_views(example, image_seed):
+            readable, decoded = decode(example)
+            views = recipe.apply(decoded["image"], image_seed)
+            mixed = mixture.stage(views, recipe.mixture_seed(image_seed), _drawn_from(source, recipe, views))
+            return readable, {"index": source.index_of(example), "label": decoded["label"], **mixed}
 
-    return examples.map(views_of_one, parallel).batch(batch_size, drop_remainder=True)
+        return examples.map(mixed_views, parallel).batch(batch_size, drop_remainder=True)
+
+    def cropped(example, numbers):
+        readable, decoded = decode(example)
+        crops = {**recipe.crop(decoded["image"], numbers), **numbers}
+        return readable, {"index": source.index_of(example), "label": decoded["label"]}, crops
+
+    some = next(count for count in range(AT_ONCE, 0, -1) if batch_size % count == 0)
+    drawn = examples.batch(some).map(lambda example, seeds: (example, recipe.draw(seeds)), parallel).unbatch()
+    crops = drawn.map(cropped, parallel)
+    if recipe.cropped:
+        return crops.map(lambda readable, facts, crops: (readable, {**facts, **crops})).batch(batch_size, drop_remainder=True)
+    finished = crops.batch(some, drop_remainder=True).map(
+        lambda readable, facts, crops: (readable, {**facts, **recipe.finish(crops)}), parallel)
+    return finished.batch(batch_size // some, drop_remainder=True).map(
+        lambda *batch: tf.nest.map_structure(lambda part: tf.reshape(part, [batch_size, *part.shape[2:]]), batch))
 
 
 def _small(source):

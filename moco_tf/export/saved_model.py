@@ -173,7 +173,7 @@ def _stages(model, branch):
 
 def _preprocessing(encoder):
     recipe, size = view_recipe(encoder.config), encoder.size
-    scale = _evaluation_view(size).crop(tf.constant([size, size]), seed=None).scale
+    scale = _evaluation(size).views["image"].crop.frame(tf.constant([size, size]), tf.zeros([1])).scale
     mean, std = colour.SPACES[recipe.space][1:] if recipe.space else (recipe.mean, recipe.std)
     return {"input": f"{'RGB' if encoder.channels == 3 else f'{encoder.channels} channels'} in [0, 1]", "size": size,
             "shorter_side": round(size / float(scale[0])),
@@ -182,8 +182,8 @@ def _preprocessing(encoder):
             "std": list(std)}
 
 
-def _evaluation_view(size, **options):
-    return RECIPES["eval"](size, xla=False, **options).views["image"]
+def _evaluation(size, **options):
+    return RECIPES["eval"](size, xla=False, **options)
 
 
 def _images_are_small(config, size):
@@ -199,13 +199,13 @@ def _images_are_small(config, size):
 
 def _read_images(encoded, size, whole_up_to):
     """(B,) strings, contents of image files -> (B, size, size, 3) float32 in [0, 1], as evaluation sees them."""
-    resized, whole = _evaluation_view(size), _evaluation_view(size, shorter_side=size)
+    resized, whole = _evaluation(size), _evaluation(size, shorter_side=size)
     seed = tf.zeros([2], tf.int32)    # nothing is drawn
 
     def read(content):
         image = decode_image(content)
         small = tf.reduce_max(tf.shape(image)) <= whole_up_to
-        return tf.cond(small, lambda: whole(image, seed), lambda: resized(image, seed))
+        return tf.cond(small, lambda: whole.apply(image, seed), lambda: resized.apply(image, seed))["image"]
 
     images = tf.map_fn(read, encoded, fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8))
     return tf.cast(images, tf.float32) / 255.0

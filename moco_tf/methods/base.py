@@ -20,7 +20,7 @@ class Method(keras.Model):
     Args:
         encoder: the query encoder, images (N, S, S, 3) -> (N, C).
         normalize: the step's first op, uint8 views -> what the encoder takes; None: views come normalised.
-        finish: before it, a batch of crops -> a batch of whole views (`Recipe.finish`); None: views come whole.
+        finish: before it, a batch of crops -> a batch of whole views (`Recipe.finish_batch`); None: views come whole.
         clip_norm: > 0 scales gradients down to this global norm.
         loss_scaling: for float16: multiplies the loss by a factor that halves on overflow and doubles after
             2,000 good steps; gradients are divided by it.

@@ -5,11 +5,12 @@ Colour functions work on *planes*: (3, H, W) float32, red, green and blue, 0..25
 default) every function returns whole grey levels by Pillow's arithmetic, which is what the published recipes ran; false
 gives torchvision's real-valued formulas for tensors. Geometry takes images of any number of channels.
 
-Random stages (`Stage`) are made by `random_*`. Their numbers depend on the seed alone and are the same with and without
-XLA.
+Random stages (`Stage`) are made by `random_*`. Between them levels are stored as bytes, uint8 planes: a fourth of the
+memory traffic. Their numbers depend on the seed alone and are the same with and without XLA.
 """
 
 import collections
+import functools
 import itertools
 import math
 
@@ -18,6 +19,7 @@ import tensorflow as tf
 from moco_tf.errors import UsageError
 
 _BOX_PASSES = 3
+_HALF = 0.5 + 2.0 ** -12        # up to rounding errors just below it
 MAX_SIGMA = math.sqrt(6.0)      # from here on Pillow's box is wider than the five taps of `box_blur`
 
 
@@ -31,8 +33,12 @@ def uniform(seed, shape):
 
 
 def normal(seed, shape):
-    """Standard normal float32 numbers, a function of `seed`, (2,) int32 (Box and Muller, 1958)."""
-    radius, turn = tf.unstack(uniform(seed, [2, *shape]))
+    """Standard normal float32 numbers, a function of `seed`, (2,) int32."""
+    return normal_of(*tf.unstack(uniform(seed, [2, *shape])))
+
+
+def normal_of(radius, turn):
+    """Standard normal numbers from two uniform ones in [0, 1) (Box and Muller, 1958)."""
     return tf.sqrt(-2.0 * tf.math.log(1.0 - radius)) * tf.cos(2.0 * math.pi * turn)
 
 
@@ -51,16 +57,21 @@ def to_planes(image):
 
 
 def to_image(planes):
-    """(C, ..., H, W) whole levels, float32 -> (..., H, W, C) uint8."""
+    """(C, ..., H, W) uint8 -> (..., H, W, C) uint8."""
     rank = planes.shape.rank
-    if rank == 3 and planes.shape[0] == 3:
-        return tf.cast(interleave(planes), tf.uint8)
-    return tf.transpose(tf.cast(planes, tf.uint8), [*range(1, rank), 0])
+    return interleave(planes) if rank == planes.shape[0] == 3 else tf.transpose(planes, [*range(1, rank), 0])
 
 
 def nearest(x):
     """Rounds to whole levels 0..255. Halves go up, and so does what rounding errors put just below a half."""
-    return tf.clip_by_value(tf.floor(x + (0.5 + 2.0 ** -12)), 0.0, 255.0)
+    return tf.clip_by_value(tf.floor(x + _HALF), 0.0, 255.0)
+
+
+def to_levels(columns, interpolation):
+    """What `resample` gives -> whole levels, uint8."""
+    if interpolation == "bicubic":      # which overshoots
+        return tf.cast(nearest(columns), tf.uint8)
+    return tf.cast(columns + _HALF, tf.uint8)
 
 
 def interleave(planes):
@@ -74,11 +85,14 @@ def interleave(planes):
 # --- geometry ---
 
 Frame = collections.namedtuple("Frame", "low length start scale")
-Frame.__doc__ = """Where an output lies on an input: (2,) tensors, of rows and of columns.
+Frame.__doc__ = """Where an output lies on an input: (..., 2) tensors, of rows and of columns.
 
 Pixels `low` to `low + length` of the input take part (int32); the centre of output pixel i is at
 `low + start + (i + 0.5) * scale` (float32), in input pixels.
 """
+
+Crop = collections.namedtuple("Crop", "count frame")
+Crop.__doc__ = """`count` of the numbers that it takes, and (shape (2,), numbers (..., count)) -> a Frame of (..., 2)."""
 
 
 def tries_of(numbers):
@@ -135,7 +149,7 @@ def crop_box(numbers, height, width, scale, ratio=(3 / 4, 4 / 3)):
 
 
 def random_crop(size, scale):
-    """torchvision's RandomResizedCrop as a function (shape (2,), seed) -> Frame.
+    """torchvision's RandomResizedCrop.
 
     Args:
         size: side of the output.
@@ -146,22 +160,23 @@ def random_crop(size, scale):
             "A crop's least and most area must be fractions of the image, 0 < least <= most <= 1. "
             f"Received: {scale[0]}, {scale[1]}. Set views.crop_min to something like 0.2.")
 
-    def frame(shape, seed):
-        top, left, height, width = crop_box(uniform(seed, [22]), shape[0], shape[1], scale)
-        length = tf.stack([height, width])
-        return Frame(tf.stack([top, left]), length, tf.zeros([2]), tf.cast(length, tf.float32) * (1.0 / size))
-    return frame
+    def frame(shape, numbers):
+        top, left, height, width = crop_box(numbers, shape[0], shape[1], scale)
+        length = tf.stack([height, width], -1)
+        sides = tf.cast(length, tf.float32)
+        return Frame(tf.stack([top, left], -1), length, tf.zeros_like(sides), sides * (1.0 / size))
+    return Crop(22, frame)
 
 
 def central_crop(size, shorter_side):
-    """Shorter side to `shorter_side`, then the middle `size` x `size` pixels: (shape (2,), seed) -> Frame."""
-    def frame(shape, seed):
-        del seed
+    """Shorter side to `shorter_side`, then the middle `size` x `size` pixels."""
+    def frame(shape, numbers):
         resized = shorter_side * shape // tf.reduce_min(shape)
-        offset = tf.round(tf.cast(resized - size, tf.float32) / 2.0)
         scale = tf.cast(shape, tf.float32) / tf.cast(resized, tf.float32)
-        return Frame(tf.zeros_like(shape), shape, offset * scale, scale)
-    return frame
+        start = tf.round(tf.cast(resized - size, tf.float32) / 2.0) * scale
+        each = tf.concat([tf.shape(numbers)[:-1], [2]], 0)
+        return Frame(*(tf.broadcast_to(part, each) for part in (tf.zeros_like(shape), shape, start, scale)))
+    return Crop(1, frame)    # XLA on CPUs does not survive arrays without elements; the number is not used
 
 
 def triangle(distance):
@@ -187,78 +202,97 @@ def filter_weights(frame, size, pixels, kernel):
     Args:
         frame: a Frame.
         size: side of the output.
-        pixels: (2, size, taps) or (2, 1, taps) int32, pixels to weigh for each output pixel, counted from `frame.low`.
+        pixels: (..., 2, size, taps) or (..., 2, 1, taps) integers, pixels to weigh for each output pixel, counted from
+            `frame.low`.
         kernel: distances to weights.
 
     Returns:
-        (2, size, taps) float32, 0 for pixels outside the frame.
+        (..., 2, size, taps) float32, 0 for pixels outside the frame.
     """
-    start, scale, length = frame.start[:, None], frame.scale[:, None], frame.length[:, None, None]
-    centres = start + (tf.range(size, dtype=tf.float32) + 0.5) * scale
-    distance = tf.abs(tf.cast(pixels, tf.float32) + 0.5 - centres[:, :, None])
-    weights = kernel(distance / tf.maximum(scale, 1.0)[:, :, None])
+    length, scale = tf.cast(frame.length, pixels.dtype)[..., None, None], frame.scale[..., None, None]
+    distance = tf.abs(tf.cast(pixels, tf.float32) + 0.5 - _centres(frame, size)[..., None])
+    weights = kernel(distance / tf.maximum(scale, 1.0))
     weights = tf.where((pixels >= 0) & (pixels < length), weights, 0.0)
     return weights / tf.reduce_sum(weights, -1, keepdims=True)
 
 
-def resample(image, frame, size, interpolation="bilinear"):
-    """Antialiased resize of a part of an image of any shape, on the host.
+def _centres(frame, size):
+    """(..., 2, size) of the output's pixels, counted from `frame.low`."""
+    return frame.start[..., None] + (tf.range(size, dtype=tf.float32) + 0.5) * frame.scale[..., None]
+
+
+def resample(image, frames, size, interpolation="bilinear"):
+    """Antialiased resize of parts of an image of any shape, on the host.
 
     Only a few pixels have a weight in each output pixel, so the filter is sparse: half the time of `tf.image.resize`
-    with antialias, for the same numbers.
+    with antialias, for the same numbers. What is small is computed for all parts at once, because starting an operation
+    takes longer than its work.
 
     The bicubic filter overshoots beside edges, so that it matters what Pillow does between its two passes: it resizes
     along rows first, and cuts and rounds to whole levels. Without that, single pixels come out up to 30 levels off.
 
     Args:
         image: (H, W, C) uint8, C known while tracing.
-        frame: the part, and how it is scaled.
+        frames: F parts, and how each is scaled: a Frame of (F, 2), F known while tracing.
         size: side of the output.
         interpolation: of FILTERS.
 
     Returns:
-        (size, C, size) float32: columns, channels, rows. Between the products, and after them, only matrices are
+        F times (size, C, size) float32: columns, channels, rows. Between the products, and after them, only matrices are
         transposed, which is far faster than with a last axis of 3.
     """
     channels = image.shape[-1]
-    top, left = tf.unstack(frame.low)
-    height, width = tf.unstack(frame.length)
     kernel, radius = FILTERS[interpolation]
-    radius *= tf.maximum(frame.scale, 1.0)[:, None]
-    centres = frame.start[:, None] + (tf.range(size, dtype=tf.float32) + 0.5) * frame.scale[:, None]
-    taps = tf.range(tf.cast(2.0 * tf.reduce_max(radius), tf.int32) + 1)
-    pixels = tf.cast(tf.math.ceil(centres - radius - 0.5), tf.int32)[:, :, None] + taps
-    weights = filter_weights(frame, size, pixels, kernel)
-    inputs = tf.clip_by_value(pixels, 0, frame.length[:, None, None] - 1)
+    radius *= tf.maximum(frames.scale, 1.0)[..., None]
+    taps = tf.range(tf.cast(2.0 * tf.reduce_max(radius), tf.int64) + 1)
+    pixels = tf.cast(tf.math.ceil(_centres(frames, size) - radius - 0.5), tf.int64)[..., None] + taps
+    length = tf.cast(frames.length, tf.int64)
+    inputs = tf.clip_by_value(pixels, 0, length[..., None, None] - 1)
+    outputs = tf.broadcast_to(tf.range(size, dtype=tf.int64)[:, None], tf.shape(inputs))
+    weights, places = filter_weights(frames, size, pixels, kernel), tf.stack([outputs, inputs], -1)
 
-    def product(axis, length, lines, each=1, transposed=False):
-        """The filter along an axis, `each` numbers to a pixel: of lines (length * each, n), or (n, length * each)."""
-        shape, part = [size, each, tf.size(taps)], tf.range(each)[:, None]
-        outputs = tf.broadcast_to(tf.range(size * each), [tf.size(taps), size * each])
-        outputs = tf.reshape(tf.transpose(outputs), shape)
-        places = tf.stack([outputs, inputs[axis][:, None, :] * each + part], -1)
-        sparse = tf.SparseTensor(tf.cast(tf.reshape(places, [-1, 2]), tf.int64),
-                                 tf.reshape(tf.broadcast_to(weights[axis][:, None, :], shape), [-1]),
-                                 tf.cast([size * each, length * each], tf.int64))
-        return tf.sparse.sparse_dense_matmul(sparse, lines, adjoint_b=transposed)
+    def product(axis, each=1):
+        """F filters along an axis, `each` numbers to a pixel: of lines (length * each, n), or of (n, length * each)."""
+        of_each = places[:, axis, :, None] * each + tf.range(each, dtype=tf.int64)[:, None, None]    # (F, size, each, taps, 2)
+        values = tf.broadcast_to(weights[:, axis, :, None], tf.shape(of_each)[:-1])
+        lengths = length[:, axis]
+        shapes = tf.stack([tf.fill(tf.shape(lengths), tf.constant(size, tf.int64)), lengths], 1) * each
+        count = frames.low.shape[0]
+        parts = [tf.unstack(part) for part in (
+            tf.reshape(of_each, [count, -1, 2]), tf.reshape(values, [count, -1]), shapes)]
+        filters = [tf.SparseTensor(*part) for part in zip(*parts)]
+        return lambda which, lines, transposed=False: tf.sparse.sparse_dense_matmul(
+            filters[which], lines, adjoint_b=transposed)
 
-    part = image[top:top + height, left:left + width]
+    starts, sides = (tf.unstack(tf.pad(part, [[0, 0], [0, 1]], constant_values=fill))
+                     for part, fill in ((frames.low, 0), (frames.length, channels)))
+    cut = [tf.slice(image, start, side) for start, side in zip(starts, sides)]
     if interpolation == "bicubic":
-        part = tf.cast(tf.transpose(part, [1, 0, 2]), tf.float32)
-        part = nearest(product(1, width, tf.reshape(part, [width, height * channels])))
-        part = tf.transpose(tf.reshape(part, [size, height, channels]), [1, 0, 2])
-        part = product(0, height, tf.reshape(part, [height, size * channels]))
-        return tf.reshape(tf.transpose(part), [size, channels, size])
-    part = product(0, height, tf.reshape(tf.cast(part, tf.float32), [height, width * channels]))
-    part = product(1, width, part, channels, transposed=True)
-    return tf.reshape(part, [size, channels, size])
+        along_rows, along_columns = product(1), product(0)
+
+        def resized(which, part):
+            height, width, _ = tf.unstack(sides[which])
+            part = tf.cast(tf.transpose(part, [1, 0, 2]), tf.float32)
+            part = nearest(along_rows(which, tf.reshape(part, [width, height * channels])))
+            part = tf.transpose(tf.reshape(part, [size, height, channels]), [1, 0, 2])
+            part = along_columns(which, tf.reshape(part, [height, size * channels]))
+            return tf.reshape(tf.transpose(part), [size, channels, size])
+    else:
+        along_columns, along_rows = product(0), product(1, channels)
+        lines = tf.unstack(frames.length * [1, channels])
+
+        def resized(which, part):
+            part = along_columns(which, tf.cast(tf.reshape(part, lines[which]), tf.float32))
+            return tf.reshape(along_rows(which, part, transposed=True), [size, channels, size])
+
+    return [resized(which, part) for which, part in enumerate(cut)]
 
 
 def resample_planes(image, frame, size, interpolation="bilinear"):
     """As `resample`, for a static image shape, by full matrices: XLA can compile it. For small images.
 
     Returns:
-        (C, size, size) float32 planes.
+        (C, size, size) float32 planes. `frame` is of (2,).
     """
     height, width, channels = image.shape
     side = max(height, width)
@@ -350,18 +384,23 @@ def jitter(planes, names, factors, order, levels=True):
     """Adjustments one after the other, as torchvision's ColorJitter.
 
     A loop over a switch, because XLA compiles that in a tenth of the time of several switches in a row, and really
-    skips what is not asked for.
+    skips what is not asked for. Whole levels are carried from one to the next as bytes.
 
     Args:
         names: of some of `JITTERS`.
         factors: (len(names),) of each.
         order: (n,) int32, positions in `names`, in the order in which they apply.
     """
-    def adjust(i, planes):
-        return i + 1, tf.switch_case(order[i], [
-            lambda name=name, k=k: JITTERS[name](planes, factors[k], levels) for k, name in enumerate(names)])
+    stored = tf.uint8 if levels else planes.dtype
 
-    return tf.while_loop(lambda i, _: i < tf.size(order), adjust, (0, planes))[1]
+    def adjust(i, before):
+        def by(k, name):
+            return tf.cast(JITTERS[name](tf.cast(before, planes.dtype), factors[k], levels), stored)
+
+        return i + 1, tf.switch_case(order[i], [functools.partial(by, k, name) for k, name in enumerate(names)])
+
+    adjusted = tf.while_loop(lambda i, _: i < tf.size(order), adjust, (0, tf.cast(planes, stored)))[1]
+    return tf.cast(adjusted, planes.dtype)
 
 
 def box_weights(sigma):
@@ -383,51 +422,39 @@ def box_weights(sigma):
     return near * 2.0 ** -24, far * 2.0 ** -24, lost * 2.0 ** -24
 
 
-def box_blur(lines, weights, levels=True):
-    """One pass along the first axis, (L, n), between edges that repeat outside."""
+def box_blur(planes, weights, levels=True):
+    """One pass along the second to last axis, of (..., L + 4, n), where the first and the last two lines are outside."""
     near, far, lost = weights
-    length = lines.shape[0] - 4
-    centre = lines[2:-2]
-
-    def both(distance):
-        return lines[2 - distance:2 - distance + length] + lines[2 + distance:2 + distance + length] - 2.0 * centre
-
+    length = planes.shape[-2] - 4
+    lines = [planes[..., start:start + length, :] for start in range(5)]
     # Differences from the centre keep exact halves apart from their neighbours in float32.
-    change = near * both(1) + far * both(2) - lost * centre
-    return _repeat_edges(centre + (tf.floor(change + 0.5) if levels else change))
-
-
-def _repeat_edges(lines):
-    return tf.concat([lines[:1], lines[:1], lines, lines[-1:], lines[-1:]], 0)
+    change = (near * (lines[1] + lines[3] - 2.0 * lines[2]) + far * (lines[0] + lines[4] - 2.0 * lines[2])
+              - lost * lines[2])
+    return lines[2] + (tf.floor(change + 0.5) if levels else change)
 
 
 def blur(planes, sigma, levels=True):
     """Pillow's GaussianBlur(sigma), 0 < sigma < `MAX_SIGMA`: three box blurs along rows, then three along columns.
 
-    Both run along the first axis of a matrix, where repeated edges are whole rows and XLA vectorises everything.
+    Both run along the second to last axis, where edges, which are repeated outside, are whole lines and XLA vectorises
+    everything. Whole levels are carried from one pass to the next as bytes.
 
     Args:
         planes: (3, H, W), or (3, B, H, W).
         sigma: (), or (B, 1, 1).
     """
-    *several, height, width = planes.shape
-    count = math.prod(several)
+    weights, stored = box_weights(sigma), tf.uint8 if levels else planes.dtype
 
     def three(lines):
-        weights = box_weights(sigma)
-        if len(several) > 1:    # a weight for each column
-            weights = [tf.tile(tf.repeat(tf.reshape(w, [-1]), lines.shape[1] // count), [several[0]]) for w in weights]
-
         # A loop, because XLA would otherwise fuse the passes and compute each again for every tap of the next.
         def one(i, lines):
-            return i + 1, box_blur(lines, weights, levels)
-        return tf.while_loop(lambda i, _: i < _BOX_PASSES, one, (0, _repeat_edges(lines)))[1][2:-2]
+            first, last = lines[..., :1, :], lines[..., -1:, :]
+            around = tf.cast(tf.concat([first, first, lines, last, last], -2), planes.dtype)
+            return i + 1, tf.cast(box_blur(around, weights, levels), stored)
+        return tf.while_loop(lambda i, _: i < _BOX_PASSES, one, (0, lines))[1]
 
-    columns = tf.transpose(tf.reshape(planes, [count, height, width]), [2, 0, 1])
-    columns = three(tf.reshape(columns, [width, count * height]))
-    rows = tf.transpose(tf.reshape(columns, [width, count, height]), [2, 1, 0])
-    rows = three(tf.reshape(rows, [height, count * width]))
-    return tf.reshape(tf.transpose(tf.reshape(rows, [height, count, width]), [1, 0, 2]), planes.shape)
+    turned = three(tf.linalg.matrix_transpose(tf.cast(planes, stored)))
+    return tf.cast(three(tf.linalg.matrix_transpose(turned)), planes.dtype)
 
 
 def solarize(planes, threshold=128):
@@ -444,32 +471,38 @@ def flip(planes):
 
 
 class Stage:
-    """A change that a view goes through at random: (planes, seed (2,)) -> planes of one image.
+    """A change that a view goes through at random: (planes, numbers) -> planes of one image, of the same dtype.
 
     Args:
         name: for tables.
         probability: of the change; otherwise the planes stay what they are.
-        change: (planes, numbers) -> planes; `numbers` (count,) uniform in [0, 1).
-        count: of the numbers.
+        change: (planes float32, numbers) -> planes; `numbers` (count,) uniform in [0, 1).
+        count: of the numbers that the change takes.
         change_batch: the same of planes (3, B, H, W), each of the numbers (B, 1, 1); None: `change` takes them.
+
+    Attributes:
+        count: of the numbers that the stage takes: whether, and those of the change.
     """
 
     def __init__(self, name, probability, change, count=0, change_batch=None):
-        self.name, self.probability, self.count = name, probability, count
+        self.name, self.probability, self.count = name, probability, 1 + count
         self._change, self._change_batch = change, change_batch or change
 
-    def __call__(self, planes, seed):
-        numbers = self.draw(seed)
-        return tf.cond(numbers[0] < self.probability, lambda: self._change(planes, numbers[1:]), lambda: planes)
-
     def draw(self, seed):
-        """The (1 + count,) numbers that decide whether, and what."""
-        return uniform(seed, [1 + self.count])
+        """Its (count,) numbers, from a seed (2,)."""
+        return uniform(seed, [self.count])
+
+    def __call__(self, planes, numbers):
+        def changed():
+            return tf.cast(self._change(tf.cast(planes, tf.float32), numbers[1:]), planes.dtype)
+
+        return tf.cond(numbers[0] < self.probability, changed, lambda: planes)
 
     def of_batch(self, planes, numbers):
-        """As a call, of planes (3, B, H, W) and what was drawn for each image, (B, 1 + count)."""
+        """As a call, of planes (3, B, H, W) and what was drawn for each image, (B, count)."""
         numbers = [column[:, None, None] for column in tf.unstack(numbers, axis=1)]
-        return tf.where(numbers[0] < self.probability, self._change_batch(planes, numbers[1:]), planes)
+        changed = tf.cast(self._change_batch(tf.cast(planes, tf.float32), numbers[1:]), planes.dtype)
+        return tf.where(numbers[0] < self.probability, changed, planes)
 
 
 def random_jitter(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, probability=1.0):

@@ -151,26 +151,41 @@ def operations(planes, level, sign, fill):
     }
 
 
-def random_augment(count, probability, magnitude, deviation, fill):
-    """RandAugment as a stage (planes, seed) -> planes, of one image.
+class RandAugment:
+    """A stage (planes, numbers) -> planes of one image, as `ops.Stage`, but not of batches.
 
     Args:
-        count: operations drawn for an image, with replacement.
+        operations_each: drawn for an image, with replacement.
         probability: that an operation which was drawn is carried out.
         magnitude, deviation: of the normal distribution of each operation's magnitude, which is cut to 0..10.
         fill: (3,) levels of what geometric operations uncover.
+
+    Attributes:
+        count: of the numbers that the stage takes.
     """
-    def stage(planes, seed):
+
+    name = "augment"
+
+    def __init__(self, operations_each, probability, magnitude, deviation, fill):
+        self._each, self._probability, self._fill = operations_each, probability, fill
+        self._magnitude, self._deviation = magnitude, deviation
+        self.count = 5 * operations_each
+
+    def draw(self, seed):
+        """Its (count,) numbers, from a seed (2,)."""
         draws, magnitudes = tf.unstack(ops.split(seed, 2))
-        which, skipped, side = tf.unstack(ops.uniform(draws, [3, count]))
-        levels = tf.clip_by_value(magnitude + deviation * ops.normal(magnitudes, [count]), 0.0, 10.0) / 10.0
+        return tf.concat([ops.uniform(draws, [3 * self._each]), ops.uniform(magnitudes, [2 * self._each])], 0)
+
+    def __call__(self, planes, numbers):
+        which, skipped, side, *normal = tf.unstack(tf.reshape(numbers, [5, self._each]))
+        levels = tf.clip_by_value(self._magnitude + self._deviation * ops.normal_of(*normal), 0.0, 10.0) / 10.0
         signs = tf.where(side < 0.5, -1.0, 1.0)
 
-        def augment(i, planes):    # a loop over a switch, as in `ops.jitter`
-            branches = list(operations(planes, levels[i], signs[i], fill).values())
+        def augment(i, before):    # a loop over a switch, as in `ops.jitter`
+            planes = tf.cast(before, tf.float32)
+            branches = list(operations(planes, levels[i], signs[i], self._fill).values())
             chosen = tf.cast(which[i] * len(branches), tf.int32)
-            chosen = tf.where(skipped[i] < probability, chosen, len(branches))
-            return i + 1, tf.switch_case(chosen, [*branches, lambda: planes])
+            chosen = tf.where(skipped[i] < self._probability, chosen, len(branches))
+            return i + 1, tf.cast(tf.switch_case(chosen, [*branches, lambda: planes]), before.dtype)
 
-        return tf.while_loop(lambda i, _: i < count, augment, (0, planes))[1]
-    return stage
+        return tf.while_loop(lambda i, _: i < self._each, augment, (0, planes))[1]

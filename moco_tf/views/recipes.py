@@ -21,116 +21,116 @@ class View:
 
     Args:
         size: side of the view.
-        crop: (shape, seed) -> Frame; `ops.random_crop` or `ops.central_crop`.
-        stages: (planes, seed) -> planes each, mostly `ops.Stage`.
-        xla: whether XLA compiles the stages. Without it they take several times as long and give the same levels.
+        crop: an `ops.Crop`, of `ops.random_crop` or `ops.central_crop`.
+        stages: `ops.Stage`s, or what can be drawn and called as they.
         interpolation: of the resize, "bilinear" or "bicubic", antialiased.
-        normalize: whole levels, planes (C, size, size) -> image (size, size, C), float32; None: the view is of uint8.
-        cropped: whether drawing a view ends with the resize, and `finish` does the stages.
+        normalize: levels, planes (C, size, size) uint8 -> image (size, size, C), float32; None: the view is of uint8.
 
     Raises:
-        UsageError: another interpolation; `cropped`, and a stage that batches cannot go through.
+        UsageError: another interpolation.
     """
 
-    def __init__(self, size, crop, stages=(), xla=True, interpolation="bilinear", normalize=None, cropped=False):
+    def __init__(self, size, crop, stages=(), interpolation="bilinear", normalize=None):
         if interpolation not in ops.FILTERS:
             raise UsageError(f"An interpolation must be one of {', '.join(ops.FILTERS)}. Received: {interpolation!r}.")
-        if cropped and not all(isinstance(stage, ops.Stage) for stage in stages):
-            raise UsageError("data.device_views takes views whose stages a device can do for a batch. Received: views with "
-                             "RandAugment. Leave data.device_views out.")
         self.size, self.crop, self.stages, self.interpolation = size, crop, tuple(stages), interpolation
-        self.dtype = tf.float32 if normalize else tf.uint8
-        self._xla, self._to_image, self.is_crop = xla, normalize or ops.to_image, cropped
-        self._stays_crop = not normalize and (cropped or not stages)
-        self._draw = tf.function(self._of_columns, autograph=False, jit_compile=xla)
-        self.finish = tf.function(self._finish, autograph=False, jit_compile=xla)
-        self.finish.__doc__ = self._finish.__doc__
+        self.dtype, self._to_image = tf.float32 if normalize else tf.uint8, normalize or ops.to_image
 
     def normalized(self, normalize):
         """The same view with that as its last stage."""
-        return View(self.size, self.crop, self.stages, self._xla, self.interpolation, normalize)
-
-    def as_crop(self):
-        """The same view without its stages, which `finish` does."""
-        return View(self.size, self.crop, self.stages, self._xla, self.interpolation, cropped=True)
-
-    def __call__(self, image, seed):
-        """(H, W, C) uint8 of any size, (2,) int32 -> (size, size, C) of `dtype`."""
-        frame = self.crop(tf.shape(image)[:2], self._seeds(seed)[0])
-        columns = ops.resample(image, frame, self.size, self.interpolation)
-        if self._stays_crop:    # XLA's transpositions of bytes take three times as long
-            levels = tf.reshape(tf.cast(ops.nearest(columns), tf.uint8), [-1, self.size])
-            return tf.reshape(tf.transpose(levels), [self.size, self.size, image.shape[-1]])
-        return self._draw(columns, seed)
-
-    def of_shape(self, image, seed):
-        """As a call, in operations that XLA can compile because `image` has a static shape."""
-        frame = self.crop(tf.constant(list(image.shape[:2])), self._seeds(seed)[0])
-        return self._run(ops.resample_planes(image, frame, self.size, self.interpolation), seed)
+        return View(self.size, self.crop, self.stages, self.interpolation, normalize)
 
     @property
     def counts(self):
-        """How many numbers each stage draws."""
-        return [1 + stage.count for stage in self.stages]
+        """How many numbers the crop and each stage take."""
+        return [self.crop.count, *(stage.count for stage in self.stages)]
 
-    def numbers(self, seed):
-        """What the stages draw from a view's seed, (n,) float32."""
-        drawn = [stage.draw(stage_seed) for stage, stage_seed in zip(self.stages, tf.unstack(self._seeds(seed))[1:])]
-        return tf.concat([tf.zeros([0]), *drawn], axis=0)
+    def draw(self, seed):
+        """All numbers of a view, (n,) float32, from its seed (2,)."""
+        crop_seed, *seeds = tf.unstack(ops.split(seed, 1 + len(self.stages)))
+        return tf.concat([ops.uniform(crop_seed, [self.crop.count]),
+                          *(stage.draw(stage_seed) for stage, stage_seed in zip(self.stages, seeds))], axis=0)
 
-    def _finish(self, images, numbers):
-        """Does the stages: (B, size, size, C) uint8 that a `cropped` view has drawn, (B, n) of their `numbers` ->
-        (B, size, size, C) uint8, to the level what the view would be."""
-        planes = ops.to_planes(images)
-        for stage, own in zip(self.stages, tf.split(numbers, self.counts, axis=1)):
-            planes = stage.of_batch(planes, own)
-        return ops.to_image(planes)
+    def finish(self, columns, numbers):
+        """Does the stages of one view: (size, C, size) uint8 columns of its crop, (n,) -> (size, size, C) of `dtype`."""
+        return self._finish(tf.transpose(columns, [1, 2, 0]), numbers, lambda stage: stage)
 
-    def _of_columns(self, columns, seed):
-        return self._run(tf.transpose(columns, [1, 2, 0]), seed)
+    def finish_batch(self, columns, numbers):
+        """As `finish`, of a batch: (B, size, C, size), (B, n) -> (B, size, size, C), equal to the level."""
+        return self._finish(tf.transpose(columns, [2, 0, 3, 1]), numbers, lambda stage: stage.of_batch)
 
-    def _run(self, planes, seed):
-        planes = ops.nearest(planes)
-        for stage, stage_seed in zip(() if self.is_crop else self.stages, tf.unstack(self._seeds(seed))[1:]):
-            planes = stage(planes, stage_seed)
+    def crop_small(self, image, numbers):
+        """(H, W, C) uint8 of static shape -> the crop's (size, C, size) uint8 columns, in operations that XLA can compile."""
+        frame = self.crop.frame(tf.constant(list(image.shape[:2])), numbers[:self.crop.count])
+        planes = ops.nearest(ops.resample_planes(image, frame, self.size, self.interpolation))
+        return tf.cast(tf.transpose(planes, [2, 0, 1]), tf.uint8)
+
+    def _finish(self, planes, numbers, function_of):
+        _, *each = tf.split(numbers, self.counts, axis=-1)
+        for stage, own in zip(self.stages, each):
+            planes = function_of(stage)(planes, own)
         return self._to_image(planes)
-
-    def _seeds(self, seed):
-        return ops.split(seed, 1 + len(self.stages))
 
 
 class Recipe:
     """Named views of one image, and how to normalise them.
 
+    Views are made in three steps: `draw` all numbers, `crop` an image, `finish` the crops; `apply` is all of them.
+    Only the middle one depends on the image's shape. XLA compiles the others for several images at once, because a call
+    takes as long as a stage does.
+
     Attributes:
         views: {name: View}; all of one size.
         mean, std: of each channel on [0, 1]; None where there is a `space`.
+        xla: whether XLA compiles. Without it stages take several times as long and give the same levels.
         space: of `colour.SPACES`, whose constants normalise; None: the channels stay what they are.
         channels: of the images it takes, 3 where a stage or the space needs colours; None: any number.
+        cropped: whether views are handed out as crops, (S, C, S) uint8 columns, and beside them the numbers of which
+            `finish_batch` makes views.
 
     Raises:
-        UsageError: no such space.
+        UsageError: no such space; `cropped`, and a stage that batches cannot go through.
     """
 
-    def __init__(self, views, mean=None, std=None, xla=True, space=None, channels=3):
+    def __init__(self, views, mean=None, std=None, xla=True, space=None, channels=3, cropped=False):
         if space is not None:
             colour.require_space(space)
+        if cropped and not all(hasattr(stage, "of_batch") for view in views.values() for stage in view.stages):
+            raise UsageError("data.device_views takes views whose stages a device can do for a batch. Received: views with "
+                             "RandAugment. Leave data.device_views out.")
         self.views, self.mean, self.std, self.xla = dict(views), mean, std, xla
-        self.space, self.channels = space, channels
-        self.apply_batch = tf.function(self._apply_batch, autograph=False, jit_compile=xla)
-        self.apply_batch.__doc__ = self._apply_batch.__doc__
+        self.space, self.channels, self.cropped = space, channels, cropped
+        for name in ("draw", "finish", "finish_batch", "apply_batch"):
+            written = getattr(self, f"_{name}")
+            compiled = tf.function(written, autograph=False, jit_compile=xla)
+            compiled.__doc__ = written.__doc__
+            setattr(self, name, compiled)
 
     def apply(self, image, seed):
         """(H, W, C) uint8, (2,) int32 -> {name: (S, S, C) of the views' dtype}; each view draws for itself.
 
-        Where the recipe is `cropped`, also {numbers_of(name): (n,) float32}.
+        Where the recipe is `cropped`: {name: (S, C, S) uint8, numbers_of(name): (n,) float32}.
         """
-        return self._drawn(seed, lambda view, view_seed: view(image, view_seed))
+        numbers = {name: drawn[0] for name, drawn in self.draw(seed[None]).items()}
+        crops = {**self.crop(image, numbers), **numbers}
+        if self.cropped:
+            return crops
+        finished = self.finish({name: value[None] for name, value in crops.items()})
+        return {name: view[0] for name, view in finished.items()}
 
-    @property
-    def cropped(self):
-        """Whether views are drawn without their stages, and beside them the numbers that `finish` needs."""
-        return all(view.is_crop for view in self.views.values())
+    def crop(self, image, numbers):
+        """(H, W, C) uint8 of any size, {numbers_of(name): (n,)} -> {name: (S, C, S) uint8}: columns, channels, rows.
+
+        In plain operations, as XLA would compile for every shape anew.
+        """
+        crops = {}
+        for alike in dict.fromkeys((view.crop, view.interpolation) for view in self.views.values()):
+            names = [name for name, view in self.views.items() if (view.crop, view.interpolation) == alike]
+            crop, interpolation = alike
+            frames = crop.frame(tf.shape(image)[:2], tf.stack([numbers[numbers_of(name)][:crop.count] for name in names]))
+            resized = ops.resample(image, frames, self.views[names[0]].size, interpolation)
+            crops.update(zip(names, (ops.to_levels(columns, interpolation) for columns in resized)))
+        return {name: crops[name] for name in self.views}
 
     def mixture_seed(self, seed):
         """The seed of a mixture, from an image's: the next after those of the views."""
@@ -142,12 +142,6 @@ class Recipe:
             return self
         (name, view), = self.views.items()
         return self._with({name: view, f"{name}_again": view})
-
-    def finish(self, batch):
-        """A batch of a `cropped` recipe -> the same with whole views, uint8; other entries pass."""
-        numbers = {name: batch[numbers_of(name)] for name in self.views}
-        rest = {name: value for name, value in batch.items() if name not in map(numbers_of, self.views)}
-        return {**rest, **{name: view.finish(batch[name], numbers[name]) for name, view in self.views.items()}}
 
     def normalize(self, images, dtype=tf.float32):
         """(B, S, S, C) uint8 -> what the encoder takes, of `dtype`; the arithmetic is at least float32."""
@@ -162,9 +156,8 @@ class Recipe:
         return self._with({name: twins[view] for name, view in self.views.items()})
 
     def crops(self):
-        """The `cropped` recipe of the same draws: its `finish` makes the views that this one draws."""
-        twins = {view: view.as_crop() for view in set(self.views.values())}
-        return self._with({name: twins[view] for name, view in self.views.items()})
+        """The `cropped` recipe of the same draws."""
+        return self._with(self.views, cropped=True)
 
     def require_channels(self, channels):
         """Raises UsageError where the recipe does not take images of so many channels."""
@@ -173,18 +166,37 @@ class Recipe:
                              'Set data.channels, or take the views "channels", which crop and flip images of any.')
 
     def _normalize_planes(self, planes):
+        planes = tf.cast(planes, tf.float32)
         if self.space:
             return ops.interleave(colour.normalized(planes, self.space))
         return tf.transpose(ops.normalize_planes(planes, self.mean, self.std), [1, 2, 0])
 
-    def _with(self, views):
-        return Recipe(views, self.mean, self.std, self.xla, self.space, self.channels)
+    def _with(self, views, cropped=False):
+        return Recipe(views, self.mean, self.std, self.xla, self.space, self.channels, cropped)
 
-    def _drawn(self, seed, draw):
-        """{name: draw(view, its seed)}, and the numbers."""
-        seeds = dict(zip(self.views, tf.unstack(ops.split(seed, len(self.views)))))
-        numbers = {numbers_of(name): view.numbers(seeds[name]) for name, view in self.views.items() if self.cropped}
-        return {**{name: draw(view, seeds[name]) for name, view in self.views.items()}, **numbers}
+    def _draw(self, seeds):
+        """(n, 2) int32, of n images -> {numbers_of(name): (n, k)} that their views take."""
+        return tf.map_fn(self._draw_one, seeds, fn_output_signature={
+            numbers_of(name): tf.TensorSpec([sum(view.counts)]) for name, view in self.views.items()})
+
+    def _draw_one(self, seed):
+        seeds = tf.unstack(ops.split(seed, len(self.views)))
+        return {numbers_of(name): view.draw(own) for (name, view), own in zip(self.views.items(), seeds)}
+
+    def _finish(self, crops):
+        """{name: (n, S, C, S) uint8, numbers_of(name): (n, k)} -> {name: (n, S, S, C)}, image by image: on the host."""
+        return tf.map_fn(self._finish_one, crops, fn_output_signature={
+            name: tf.TensorSpec([view.size, view.size, crops[name].shape[2]], view.dtype)
+            for name, view in self.views.items()})
+
+    def _finish_one(self, crops):
+        return {name: view.finish(crops[name], crops[numbers_of(name)]) for name, view in self.views.items()}
+
+    def _finish_batch(self, batch):
+        """As `finish`, in operations on whole batches: on a device. Other entries of the batch pass."""
+        rest = {name: value for name, value in batch.items() if name not in map(numbers_of, self.views)}
+        return {**rest, **{name: view.finish_batch(batch[name], batch[numbers_of(name)])
+                           for name, view in self.views.items()}}
 
     def _apply_batch(self, images, seeds):
         """(n, H, W, C) uint8 of static shape, (n, 2) int32 -> {name: (n, S, S, C)}, as `apply` of each.
@@ -193,18 +205,20 @@ class Recipe:
         """
         def one(example):
             image, seed = example
-            return self._drawn(seed, lambda view, view_seed: view.of_shape(image, view_seed))
+            numbers = self._draw_one(seed)
+            crops = {name: view.crop_small(image, numbers[numbers_of(name)]) for name, view in self.views.items()}
+            return {**crops, **numbers} if self.cropped else self._finish_one({**crops, **numbers})
 
-        signature = {name: tf.TensorSpec([view.size, view.size, images.shape[-1]], view.dtype)
-                     for name, view in self.views.items()}
+        channels = images.shape[-1]
+        signature = {name: tf.TensorSpec([view.size, channels, view.size], tf.uint8) if self.cropped else
+                     tf.TensorSpec([view.size, view.size, channels], view.dtype) for name, view in self.views.items()}
         if self.cropped:
-            signature.update({numbers_of(name): tf.TensorSpec([sum(view.counts)])
-                              for name, view in self.views.items()})
+            signature.update({numbers_of(name): tf.TensorSpec([sum(view.counts)]) for name, view in self.views.items()})
         return tf.map_fn(one, (images, seeds), fn_output_signature=signature)
 
 
 def numbers_of(name):
-    """What the numbers of a view's stages are called in a batch."""
+    """What the numbers of a view are called in a batch."""
     return f"{name}_numbers"
 
 
@@ -218,7 +232,7 @@ def moco_v1(size=224, crop_min=0.2, xla=True):
     view = View(size, ops.random_crop(size, (crop_min, 1.0)), [
         ops.random_grayscale(0.2),
         ops.random_jitter(0.4, 0.4, 0.4, 0.4),
-        ops.random_flip(0.5)], xla)
+        ops.random_flip(0.5)])
     return _alike(view, IMAGENET, xla)
 
 
@@ -228,7 +242,7 @@ def moco_v2(size=224, crop_min=0.2, xla=True):
         ops.random_jitter(0.4, 0.4, 0.4, 0.1, probability=0.8),
         ops.random_grayscale(0.2),
         ops.random_blur((0.1, 2.0), probability=0.5),
-        ops.random_flip(0.5)], xla)
+        ops.random_flip(0.5)])
     return _alike(view, IMAGENET, xla)
 
 
@@ -240,7 +254,7 @@ def insdis(size=224, crop_min=0.2, names=("query",), xla=True):
     view = View(size, ops.random_crop(size, (crop_min, 1.0)), [
         ops.random_grayscale(0.2),
         ops.random_jitter(0.4, 0.4, 0.4, 0.4),
-        ops.random_flip(0.5)], xla)
+        ops.random_flip(0.5)])
     return Recipe(dict.fromkeys(names, view), **IMAGENET, xla=xla)
 
 
@@ -248,7 +262,7 @@ def insdis_cifar(size=32, crop_min=0.2, xla=True):
     """Instance discrimination's CIFAR-10 script (zhirongw/lemniscate.pytorch): jitter before grey, and no flip."""
     view = View(size, ops.random_crop(size, (crop_min, 1.0)), [
         ops.random_jitter(0.4, 0.4, 0.4, 0.4),
-        ops.random_grayscale(0.2)], xla)
+        ops.random_grayscale(0.2)])
     return Recipe({"query": view}, **CIFAR, xla=xla)
 
 
@@ -257,18 +271,20 @@ def cifar(size=32, crop_min=0.08, xla=True):
     view = View(size, ops.random_crop(size, (crop_min, 1.0)), [
         ops.random_flip(0.5),
         ops.random_jitter(0.4, 0.4, 0.4, 0.1, probability=0.8),
-        ops.random_grayscale(0.2)], xla)
+        ops.random_grayscale(0.2)])
     return _alike(view, CIFAR, xla)
 
 
 def moco_v3(size=224, crop_min=0.08, xla=True):
     """MoCo v3 (arXiv:2104.02057, and its code): two unlike views, after BYOL, each both query and key."""
+    crop = ops.random_crop(size, (crop_min, 1.0))
+
     def view(*unlike):
-        return View(size, ops.random_crop(size, (crop_min, 1.0)), [
+        return View(size, crop, [
             ops.random_jitter(0.4, 0.4, 0.2, 0.1, probability=0.8),
             ops.random_grayscale(0.2),
             *unlike,
-            ops.random_flip(0.5)], xla)
+            ops.random_flip(0.5)])
 
     return Recipe({"view_1": view(ops.random_blur((0.1, 2.0), probability=1.0)),
                    "view_2": view(ops.random_blur((0.1, 2.0), probability=0.1), ops.random_solarize(0.2))},
@@ -284,7 +300,7 @@ def quickstart(size=28, crop_min=0.2, brightness=0.4, contrast=0.4, jitter=0.8, 
     view = View(size, ops.random_crop(size, (crop_min, 1.0)), [
         ops.random_jitter(brightness, contrast, probability=jitter),
         ops.random_blur((0.1, 2.0), probability=blur),
-        ops.random_flip(flip)], xla)
+        ops.random_flip(flip)])
     return Recipe(dict.fromkeys(names, view), **FASHION_MNIST, xla=xla)
 
 
@@ -295,7 +311,7 @@ def cmc(size=224, crop_min=0.2, space="Lab", flip=0.5, names=("query",), xla=Tru
     `space` is one of `colour.SPACES`; the paper's are "Lab" and "YCbCr". `names`: two, ("query", "key"), draw two
     crops, as a momentum encoder needs them.
     """
-    view = View(size, ops.random_crop(size, (crop_min, 1.0)), [ops.random_flip(flip)], xla)
+    view = View(size, ops.random_crop(size, (crop_min, 1.0)), [ops.random_flip(flip)])
     return Recipe(dict.fromkeys(names, view), xla=xla, space=space)
 
 
@@ -307,13 +323,13 @@ def channels(size=224, mean=(), std=(), crop_min=0.2, flip=0.5, names=("query",)
     if not mean or len(mean) != len(std):
         raise UsageError('The views "channels" need views.mean and views.std, a number for each channel of the images. '
                          f"Received: mean {tuple(mean)}, std {tuple(std)}.")
-    view = View(size, ops.random_crop(size, (crop_min, 1.0)), [ops.random_flip(flip)], xla)
+    view = View(size, ops.random_crop(size, (crop_min, 1.0)), [ops.random_flip(flip)])
     return Recipe(dict.fromkeys(names, view), mean, std, xla, channels=len(mean))
 
 
 def train_linear(size=224, crop_min=0.08, xla=True):
     """Training a linear classifier on frozen features: crop and flip."""
-    view = View(size, ops.random_crop(size, (crop_min, 1.0)), [ops.random_flip(0.5)], xla)
+    view = View(size, ops.random_crop(size, (crop_min, 1.0)), [ops.random_flip(0.5)])
     return Recipe({"image": view}, **IMAGENET, xla=xla, channels=None)
 
 
@@ -327,8 +343,8 @@ def deit(size=224, crop_min=0.08, xla=True):
     colour jitter beside RandAugment). Erasing and mixing follow on the device: `views/mixture.py`."""
     view = View(size, ops.random_crop(size, (crop_min, 1.0)), [
         ops.random_flip(0.5),
-        randaugment.random_augment(count=2, probability=0.5, magnitude=9.0, deviation=0.5, fill=(124, 116, 104)),
-    ], xla, "bicubic")
+        randaugment.RandAugment(operations_each=2, probability=0.5, magnitude=9.0, deviation=0.5, fill=(124, 116, 104)),
+    ], "bicubic")
     return Recipe({"image": view}, **IMAGENET, xla=xla)
 
 
@@ -339,7 +355,7 @@ def evaluation(size=224, shorter_side=None, interpolation="bilinear", xla=True):
     the recipe that the encoder was trained with.
     """
     crop = ops.central_crop(size, shorter_side or size * 256 // 224)
-    return Recipe({"image": View(size, crop, (), xla, interpolation)}, **IMAGENET, xla=xla, channels=None)
+    return Recipe({"image": View(size, crop, (), interpolation)}, **IMAGENET, xla=xla, channels=None)
 
 
 RECIPES = {

@@ -129,8 +129,9 @@ def test_resized_crops(photo):
     for i, (top, left, height, width) in enumerate(crops["boxes_ijhw"]):
         frame = ops.Frame(tf.constant([top, left]), tf.constant([height, width]), tf.zeros([2]),
                           tf.constant([height / size, width / size]))
+        frames = ops.Frame(*(part[None] for part in frame))
         for key, interpolation in crops["filters"].items():
-            for planes in (tf.transpose(ops.resample(image, frame, size, interpolation), [1, 2, 0]),
+            for planes in (tf.transpose(ops.resample(image, frames, size, interpolation)[0], [1, 2, 0]),
                            ops.resample_planes(image, frame, size, interpolation)):
                 within(error(ops.nearest(planes), photo[f"pil/{key}"][i]), tolerance["pil_levels"]["resized_crop"])
                 if f"tensor/{key}" in photo.keys("tensor/"):
@@ -141,8 +142,8 @@ def test_resized_crops(photo):
 def test_validation_crop(photo):
     validation, image = photo.settings["validation"], tf.constant(photo["rgb"])
     size = validation["center_crop"]
-    frame = ops.central_crop(size, validation["resize"])(tf.shape(image)[:2], seed=None)
-    planes = tf.transpose(ops.nearest(ops.resample(image, frame, size)), [1, 2, 0])
+    frames = ops.central_crop(size, validation["resize"]).frame(tf.shape(image)[:2], tf.zeros([1, 1]))
+    planes = tf.transpose(ops.nearest(ops.resample(image, frames, size)[0]), [1, 2, 0])
     within(error(planes, photo["pil/val_resize_centercrop"]), photo.settings["tolerance"]["pil_levels"]["resized_crop"])
 
 

@@ -20,10 +20,10 @@ def planes(height=24, width=20):
 
 
 def over_seeds(stage, image, count):
-    """`stage(image, seed)` for `count` seeds."""
+    """A stage's views of an image for `count` seeds."""
     @tf.function(jit_compile=True)
     def all_of(seeds):
-        return tf.map_fn(lambda seed: stage(image, seed), seeds, fn_output_signature=image.dtype)
+        return tf.map_fn(lambda seed: stage(image, stage.draw(seed)), seeds, fn_output_signature=image.dtype)
     return all_of(tf.stack([tf.range(count), tf.ones([count], tf.int32)], 1)).numpy()
 
 
@@ -88,8 +88,9 @@ def test_jitter_factors_fill_their_ranges(monkeypatch):
 
 def test_strength_zero_adds_no_adjustment():
     image = planes()
-    np.testing.assert_array_equal(ops.random_jitter()(image, tf.constant([0, 0])), image)
-    only_contrast = ops.random_jitter(contrast=0.4)(image, tf.constant([0, 0]))
+    nothing, contrast = ops.random_jitter(), ops.random_jitter(contrast=0.4)
+    np.testing.assert_array_equal(nothing(image, nothing.draw(tf.constant([0, 0]))), image)
+    only_contrast = contrast(image, contrast.draw(tf.constant([0, 0])))
     assert abs(float(tf.reduce_mean(ops.grey(only_contrast)) - tf.reduce_mean(ops.grey(image)))) < 2
 
 
@@ -125,28 +126,41 @@ def test_crop_box_follows_torchvision(height, width):
     assert np.all((top >= 0) & (left >= 0) & (h > 0) & (w > 0) & (top + h <= height) & (left + w <= width))
 
 
-@pytest.mark.parametrize("box", [(0, 0, 300, 401), (10, 20, 60, 70), (120, 200, 9, 150), (299, 400, 1, 1)])
-def test_both_resamplers_equal_tensorflows_antialiased_resize(box):
-    top, left, height, width = box
-    image = tf.constant(noise(300, 401, 3))
-    frame = ops.Frame(tf.constant([top, left]), tf.constant([height, width]), tf.zeros([2]),
-                      tf.constant([height / 64, width / 64]))
-    expected = tf.image.resize(image[top:top + height, left:left + width], (64, 64), antialias=True)
-    np.testing.assert_allclose(tf.transpose(ops.resample(image, frame, 64), [2, 0, 1]), expected, atol=1e-3)
-    np.testing.assert_allclose(tf.transpose(ops.resample_planes(image, frame, 64), [1, 2, 0]), expected, atol=1e-3)
+def frames_of(*boxes):
+    """Of boxes (top, left, height, width), resized to 64 x 64."""
+    low, length = tf.unstack(tf.reshape(tf.constant(boxes), [-1, 2, 2]), axis=1)
+    return ops.Frame(low, length, tf.zeros(length.shape), tf.cast(length, tf.float32) / 64)
+
+
+def one_of(frames, which=0):
+    return ops.Frame(*(part[which] for part in frames))
+
+
+def test_both_resamplers_equal_tensorflows_antialiased_resize():
+    """Of several parts at once."""
+    boxes = [(0, 0, 300, 401), (10, 20, 60, 70), (120, 200, 9, 150), (299, 400, 1, 1)]
+    image, frames = tf.constant(noise(300, 401, 3)), frames_of(*boxes)
+    for i, (top, left, height, width) in enumerate(boxes):
+        expected = tf.image.resize(image[top:top + height, left:left + width], (64, 64), antialias=True)
+        for columns in (ops.resample(image, frames, 64)[i], ops.resample(image, frames_of(boxes[i]), 64)[0]):
+            np.testing.assert_allclose(tf.transpose(columns, [2, 0, 1]), expected, atol=1e-3)
+        levels = ops.to_levels(ops.resample(image, frames, 64)[i], "bilinear")
+        np.testing.assert_array_equal(tf.cast(levels, tf.float32), ops.nearest(columns))
+        planes = ops.resample_planes(image, one_of(frames, i), 64)
+        np.testing.assert_allclose(tf.transpose(planes, [1, 2, 0]), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize("box", [(0, 0, 80, 90), (10, 20, 60, 47), (12, 20, 9, 50)])
 def test_both_bicubic_resamplers_equal_pillow(box):
     top, left, height, width = box
     image = noise(80, 90, 3)      # overshoots everywhere
-    frame = ops.Frame(tf.constant([top, left]), tf.constant([height, width]), tf.zeros([2]),
-                      tf.constant([height / 64, width / 64]))
+    frames = frames_of(box)
     expected = np.asarray(Image.fromarray(image[top:top + height, left:left + width]).resize(
         (64, 64), Image.Resampling.BICUBIC))
-    for planes in (tf.transpose(ops.resample(tf.constant(image), frame, 64, "bicubic"), [1, 2, 0]),
-                   ops.resample_planes(tf.constant(image), frame, 64, "bicubic")):
-        differences = np.abs(ops.to_image(ops.nearest(planes)).numpy().astype(int) - expected)
+    for columns in (ops.resample(tf.constant(image), frames, 64, "bicubic")[0],
+                    tf.transpose(ops.resample_planes(tf.constant(image), one_of(frames), 64, "bicubic"), [2, 0, 1])):
+        levels = tf.transpose(ops.to_levels(columns, "bicubic"), [2, 0, 1])
+        differences = np.abs(levels.numpy().astype(int) - expected)
         assert differences.max() <= 1 and np.mean(differences > 0) < 0.005
 
 
@@ -157,8 +171,8 @@ def test_central_crop_equals_resizing_the_whole_image_first(height, width):
     whole = [int(shorter * n / min(height, width)) for n in (height, width)]
     top, left = (round((n - size) / 2) for n in whole)
     expected = tf.image.resize(image, whole, antialias=True)[top:top + size, left:left + size]
-    frame = ops.central_crop(size, shorter)(tf.constant([height, width]), seed=None)
-    np.testing.assert_allclose(tf.transpose(ops.resample(image, frame, size), [2, 0, 1]), expected, atol=2e-2)
+    frames = ops.central_crop(size, shorter).frame(tf.constant([height, width]), tf.zeros([1, 1]))
+    np.testing.assert_allclose(tf.transpose(ops.resample(image, frames, size)[0], [2, 0, 1]), expected, atol=2e-2)
 
 
 # --- colour ---

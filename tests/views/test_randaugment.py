@@ -75,10 +75,10 @@ def test_operation_gives_pillows_levels(name, image, xla):
 def drawn(monkeypatch, operations, start, seeds, **settings):
     """The stage's results for so many seeds, with other operations in it."""
     monkeypatch.setattr(randaugment, "operations", operations)
-    stage = randaugment.random_augment(**{**dict(count=2, probability=0.5, magnitude=9.0, deviation=0.5, fill=FILL),
-                                          **settings})
+    stage = randaugment.RandAugment(**{**dict(operations_each=2, probability=0.5, magnitude=9.0, deviation=0.5, fill=FILL),
+                                       **settings})
     seeds = tf.stack([tf.range(seeds), tf.ones([seeds], tf.int32)], 1)
-    return tf.function(lambda: tf.map_fn(lambda seed: stage(tf.constant(start), seed), seeds,
+    return tf.function(lambda: tf.map_fn(lambda seed: stage(tf.constant(start), stage.draw(seed)), seeds,
                                          fn_output_signature=tf.float32), jit_compile=True)().numpy()
 
 
@@ -99,7 +99,7 @@ def test_operations_are_drawn_equally_often_and_half_of_them_carried_out(monkeyp
 
 def test_magnitudes_are_normal_and_cut_at_ten(monkeypatch):
     levels, signs = drawn(monkeypatch, lambda planes, level, sign, fill: {"": lambda: tf.stack([level, sign])},
-                          [0.0, 0.0], 20_000, count=1, probability=1.0).T
+                          [0.0, 0.0], 20_000, operations_each=1, probability=1.0).T
     assert levels.max() == 1.0
     np.testing.assert_allclose(np.mean(levels == 1.0), 0.0228, atol=0.004)      # P(z > 2)
     np.testing.assert_allclose(np.quantile(levels, [0.1, 0.5, 0.9]), [0.8359, 0.9, 0.9641], atol=0.003)

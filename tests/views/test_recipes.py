@@ -39,7 +39,7 @@ PAPERS = {    # of each view, or of both alike: crop, then stages in order with 
     "cmc": [("random_crop", (0.2, 1.0)), ("random_flip", 0.5)],
     "train_linear": [("random_crop", (0.08, 1.0)), ("random_flip", 0.5)],
     "transfer": [("random_crop", (0.05, 1.0)), ("random_flip", 0.5)],
-    "deit": [("random_crop", (0.08, 1.0)), ("random_flip", 0.5), ("random_augment", 2, 0.5, 9.0, 0.5, (124, 116, 104))],
+    "deit": [("random_crop", (0.08, 1.0)), ("random_flip", 0.5), ("RandAugment", 2, 0.5, 9.0, 0.5, (124, 116, 104))],
     "eval": [("central_crop", 256)],
 }
 
@@ -55,7 +55,7 @@ def test_recipe_is_the_papers(monkeypatch, name):
     for kind in ("random_crop", "central_crop", "random_grayscale", "random_jitter", "random_blur", "random_solarize",
                  "random_flip"):
         record(kind)
-    record("random_augment", randaugment)
+    record("RandAugment", randaugment)
     for view_name, view in RECIPES[name](size=224).views.items():
         paper = PAPERS[name] if isinstance(PAPERS[name], list) else PAPERS[name][view_name]
         assert [view.crop, *view.stages] == paper
@@ -186,12 +186,13 @@ def test_a_device_finishes_crops_to_the_level_as_the_host_draws_views(name, xla)
     crops = recipe.crops()
     one_by_one = [crops.apply(image, seed) for image, seed in zip(images, drawn)]
     batch = {key: tf.stack([one[key] for one in one_by_one]) for key in one_by_one[0]}
-    for found in (crops.finish({**batch, "index": tf.range(count)}), crops.finish(crops.apply_batch(images, drawn))):
+    for found in (crops.finish_batch({**batch, "index": tf.range(count)}),
+                  crops.finish_batch(crops.apply_batch(images, drawn))):
         assert set(found) - {"index"} == set(recipe.views)
         for view in recipe.views:
             expected = tf.stack([recipe.apply(image, seed)[view] for image, seed in zip(images, drawn)])
             np.testing.assert_array_equal(found[view], expected)
-            assert np.any(found[view] != batch[view])
+            assert np.any(found[view] != tf.transpose(batch[view], [0, 3, 1, 2]))
 
 
 def test_a_device_does_not_finish_randaugment():

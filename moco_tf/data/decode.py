@@ -21,16 +21,23 @@ def decode_image(encoded, channels=3):
         tf.errors.InvalidArgumentError: when the bytes are cut off, or are no such image.
     """
     if channels != 3:
-        return tf.ensure_shape(tf.io.decode_png(encoded), (None, None, channels))
-    # libjpeg's exact integer transform, the one Pillow uses: TensorFlow's default is the fast, less exact one.
+        return decode_usual(encoded, channels)
     image = tf.cond(
         tf.io.is_jpeg(encoded),
-        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),
+        lambda: decode_usual(encoded),
         lambda: tf.cond(
             is_bmp(encoded),
             lambda: decode_bmp(encoded),
             lambda: tf.io.decode_image(encoded, channels=3, expand_animations=False)))
     return tf.ensure_shape(image, (None, None, 3))
+
+
+def decode_usual(encoded, channels=3):
+    """As `decode_image`, but of JPEG and PNG alone, and in a single operation."""
+    if channels != 3:
+        return tf.ensure_shape(tf.io.decode_png(encoded), (None, None, channels))
+    # libjpeg's exact integer transform, the one Pillow uses: TensorFlow's default is the fast, less exact one.
+    return tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE")
 
 
 def decode_bmp(encoded):

@@ -21,7 +21,7 @@ FOREVER = tf.int64.max
 CLOCK_SLOTS = 1024
 # Nothing here is for AutoGraph, which takes two thirds of the time of tracing.
 as_written = tf.autograph.experimental.do_not_convert
-AT_ONCE = 8        # images that one call of XLA draws or finishes, at most: calls cost little then, and memory as well
+AT_ONCE = 32       # images that one call of XLA draws or finishes, at most: calls cost little then, and memory as well
 SMALL = 64 * 64    # pixels of a source's images up to which a batch of them is augmented in one call
 
 
@@ -218,29 +218,32 @@ def _viewed(source, recipe, examples, batch_size, parallel, mixture=None):
     """(example, its seed (2,)) -> batches (readable (n,) bool, {"index", "label", and the views by name})."""
     recipe.require_channels(source.channels)
     decode = _guarded(source)
+
+    def facts_of(example):
+        return {"index": source.index_of(example), "label": source.label(example)}
+
     if _small(source):
-        def views_of_batch(seeds, readable, index, decoded):
-            return readable, {"index": index, "label": decoded["label"], **recipe.apply_batch(decoded["image"], seeds)}
+        def views_of_batch(seeds, readable, facts, images):
+            return readable, {**facts, **recipe.apply_batch(images, seeds)}
 
         def read_one(example, image_seed):
-            readable, decoded = decode(example)
-            return image_seed, readable, source.index_of(example), decoded
+            readable, image = decode(example)
+            return image_seed, readable, facts_of(example), image
 
         return examples.map(read_one, parallel).batch(batch_size, drop_remainder=True).map(views_of_batch, parallel)
 
     if mixture:
         def mixed_views(example, image_seed):
-            readable, decoded = decode(example)
-            views = recipe.apply(decoded["image"], image_seed)
+            readable, image = decode(example)
+            views = recipe.apply(image, image_seed)
             mixed = mixture.stage(views, recipe.mixture_seed(image_seed), _drawn_from(source, recipe, views))
-            return readable, {"index": source.index_of(example), "label": decoded["label"], **mixed}
+            return readable, {**facts_of(example), **mixed}
 
         return examples.map(mixed_views, parallel).batch(batch_size, drop_remainder=True)
 
     def cropped(example, numbers):
-        readable, decoded = decode(example)
-        crops = {**recipe.crop(decoded["image"], numbers), **numbers}
-        return readable, {"index": source.index_of(example), "label": decoded["label"]}, crops
+        readable, image = decode(example)
+        return readable, facts_of(example), {**recipe.crop(image, numbers), **numbers}
 
     some = next(count for count in range(AT_ONCE, 0, -1) if batch_size % count == 0)
     drawn = examples.batch(some).map(lambda example, seeds: (example, recipe.draw(seeds)), parallel).unbatch()
@@ -266,8 +269,8 @@ def _drawn_from(source, recipe, own):
     def partner(seed):
         index_seed, view_seed = tf.unstack(tf.random.split(seed, 2, alg="philox"))
         index = tf.random.stateless_uniform([], index_seed, 0, source.size, tf.int64, alg="philox")
-        readable, decoded = decode({"index": index})
-        drawn = recipe.apply(decoded["image"], view_seed)
+        readable, image = decode({"index": index})
+        drawn = recipe.apply(image, view_seed)
         return {name: tf.where(readable, drawn[name], own[name]) for name in own}
 
     return partner
@@ -404,19 +407,22 @@ def _in_range(labels, num_classes, index):
 
 
 def _guarded(source):
-    """example -> (whether it can be read, what `source.decode` gives, or zeros): tf.data's errors, without losing count.
+    """example -> (whether it can be read, the image, or a black one): tf.data's errors, without losing count.
 
-    Only the decoding is inside: a data set is made for each image, which takes as long as its function is large.
+    A data set is made for each image, which takes as long as its functions are large. So only the decoding is inside, and
+    what decodes any format is set up for those images alone that are neither JPEG nor PNG.
     """
     if not source.can_fail:
-        return lambda example: (True, source.decode(example))
+        return lambda example: (True, source.decode(example)["image"])
 
     def decode(example):
-        attempt = tf.data.Dataset.from_tensors(example).map(
-            lambda example: (True, source.decode(example))).ignore_errors()
+        examples = tf.data.Dataset.from_tensors(example)
+        usual, any_format = (
+            examples.map(lambda example, read=read: (True, source.shaped(read(example)))).ignore_errors()
+            for read in (source.usual_image, source.image))
         nothing = tf.nest.map_structure(lambda spec: tf.zeros([side or 1 for side in spec.shape], spec.dtype),
-                                        attempt.element_spec)
-        return attempt.concatenate(tf.data.Dataset.from_tensors(nothing)).take(1).get_single_element()
+                                        usual.element_spec)
+        return usual.concatenate(any_format).concatenate(tf.data.Dataset.from_tensors(nothing)).take(1).get_single_element()
 
     return decode
 

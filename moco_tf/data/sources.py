@@ -18,7 +18,7 @@ import zipfile
 import numpy as np
 import tensorflow as tf
 
-from moco_tf.data.decode import decode_image, to_rgb
+from moco_tf.data.decode import decode_image, decode_usual, to_rgb
 from moco_tf.errors import DataError, UsageError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif")    # in any case
@@ -50,11 +50,17 @@ class Source:
             tf.errors.InvalidArgumentError: for an unreadable image.
             tf.errors.OpError, another one: for a file that cannot be read at all (gone, no permission).
         """
-        image = tf.ensure_shape(self.image(example), self.image_shape or (None, None, self.channels))
-        return {"image": image, "label": self.label(example), "index": self.index_of(example)}
+        return {"image": self.shaped(self.image(example)), "label": self.label(example), "index": self.index_of(example)}
+
+    def shaped(self, image):
+        return tf.ensure_shape(image, self.image_shape or (None, None, self.channels))
 
     def image(self, example):
         return decode_image(self.encoded(example), self.channels)
+
+    def usual_image(self, example):
+        """As `image`, in as few operations as there can be; raises for other images than JPEG and PNG as well."""
+        return decode_usual(self.encoded(example), self.channels)
 
     def index_of(self, example):
         return example["index"]

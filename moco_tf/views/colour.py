@@ -1,8 +1,9 @@
 """Colour spaces as scikit-image defines them, and how CMC normalises them (arXiv:1906.05849, sec. 4, and its code).
 
 A space is a function of three tensors of one shape, red, green and blue in 0..1, to three tensors of that shape. They
-stay apart because a last axis of 3 defeats vectorisation. Powers are exp(p log x), which XLA vectorises, and `tf.pow`
-it does not. Nothing is random and nothing depends on more than one pixel.
+stay apart because a last axis of 3 defeats vectorisation. Powers are made of multiplications, because logarithms took most
+of the time, and end in a square root: XLA computes that once for all that it is part of, and cheaper operations anew for
+each. Nothing is random and nothing depends on more than one pixel.
 """
 
 import math
@@ -33,15 +34,35 @@ def _product(matrix, red, green, blue):
     return tuple(r * red + g * green + b * blue for r, g, b in matrix)
 
 
+def _inverse_root(value, degree):
+    """value ** (-1 / degree), value > 0, to the last bits. The bits of a floating point number nearly are its logarithm;
+    a part of that, in whole numbers, is a guess within four per cent, and each of Newton's steps squares the error."""
+    whole, half, mantissa, steps = (tf.int32, 16, 23, 3) if value.dtype == tf.float32 else (tf.int64, 32, 52, 5)
+    one = int(np.array(1.0, value.dtype.as_numpy_dtype).view(whole.as_numpy_dtype))
+    middle = int(0.063 * 2 ** mantissa)     # of the guess's errors, which are all of one sign
+    part = tf.bitwise.right_shift(tf.bitcast(value, whole), half) * (2 ** half // degree)
+    root = tf.bitcast(one + one // degree - middle - part, value.dtype)
+    for _ in range(steps):
+        power = root
+        for _ in range(degree - 1):
+            power *= root
+        root *= (degree + 1.0) / degree - (1.0 / degree) * value * power
+    return root
+
+
 def _linear_light(value):
     """sRGB to linear light."""
-    power = tf.exp(2.4 * tf.math.log((tf.maximum(value, 0.04045) + 0.055) * (1.0 / 1.055)))
-    return tf.where(value > 0.04045, power, value * (1.0 / 12.92))
+    base = (tf.maximum(value, 0.04045) + 0.055) * (1.0 / 1.055)
+    square = base * base
+    power = square * square * base * _inverse_root(base, 5)    # base ** 4.8
+    return tf.sqrt(tf.where(value > 0.04045, power, tf.square(value * (1.0 / 12.92))))
 
 
 def _cube_root(value):
-    """Of values from `_CUBE_FROM` on; it returns something finite for those below."""
-    return tf.exp(tf.math.log(tf.maximum(value, _CUBE_FROM)) * (1.0 / 3.0))
+    """Of values from `_CUBE_FROM` on, and below it Lab's line."""
+    above = tf.maximum(value, _CUBE_FROM)
+    power = above * _inverse_root(above, 3)     # above ** (2 / 3)
+    return tf.sqrt(tf.where(value > _CUBE_FROM, power, tf.square(7.787 * value + 16.0 / 116.0)))
 
 
 def xyz(red, green, blue):
@@ -51,9 +72,7 @@ def xyz(red, green, blue):
 
 def lab(red, green, blue):
     """CIE L*a*b*: L in 0..100."""
-    x, y, z = (
-        tf.where(relative > _CUBE_FROM, _cube_root(relative), 7.787 * relative + 16.0 / 116.0)
-        for relative in (value * (1.0 / white) for value, white in zip(xyz(red, green, blue), _WHITE)))
+    x, y, z = (_cube_root(value * (1.0 / white)) for value, white in zip(xyz(red, green, blue), _WHITE))
     return 116.0 * y - 16.0, 500.0 * (x - y), 200.0 * (y - z)
 
 

@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from moco_tf.data import tools
-from moco_tf.data.pipeline import Unreadable, evaluation_batches, partners_of, training_batches
+from moco_tf.data import pipeline, tools
+from moco_tf.data.pipeline import Unreadable, evaluation_batches, image_seeds, partners_of, training_batches
 from moco_tf.data.sources import open_source
 from moco_tf.errors import DataError, UsageError
 from moco_tf.views.image_mixture import MIXTURES
@@ -204,6 +204,21 @@ def test_a_label_outside_the_range_stops_the_pipeline(folder):
     source.num_classes = 1
     with pytest.raises(tf.errors.InvalidArgumentError, match="labels must be from 0 to"):
         labelled(source, 3, 1)
+
+
+@pytest.mark.parametrize("cropped", [False, True])
+def test_views_are_those_of_each_image_however_many_are_drawn_at_once(cropped, folder, monkeypatch):
+    source, views = open_source("folder", path=folder), RECIPES["moco_v2"](size=12)
+    views = views.crops() if cropped else views
+    expected = batches(source, 1, views, shuffle=False)[0]
+    by_index = {int(example["index"]): source.decode(example)["image"] for example in source.examples(5, 0).take(BATCH)}
+    each = [views.apply(by_index[index], seed) for index, seed in zip(expected["index"], image_seeds(5, 0, BATCH))]
+    for name in each[0]:
+        np.testing.assert_array_equal(expected[name], np.stack([one[name] for one in each]))
+    for at_once in (1, 7):      # 24 = 4 x 6
+        monkeypatch.setattr(pipeline, "AT_ONCE", at_once)
+        for name, values in batches(source, 1, views, shuffle=False)[0].items():
+            np.testing.assert_array_equal(values, expected[name])
 
 
 # Views normalised in the pipeline.

@@ -38,7 +38,7 @@ RUN_DEFAULTS = dict(
         normalize="step",        # of pre-training: first in the step, or "input": in the pipeline (4 times the bytes)
         repeats=1,               # views of an image that follow each other (repeated augmentation)
         max_unreadable=0.01,     # of the images; above it the run stops
-        workers=0),              # parallel calls; 0: by the number of cores
+        workers=0),              # parallel calls of each part of the pipeline; 0: by the number of cores
     mixture=dict(name="none"),   # image mixtures of pre-training; in the pipeline: views/image_mixture.py
     optimizer=dict(clip_norm=0.0),    # > 0: global norm that gradients are scaled down to
     schedule=dict(),

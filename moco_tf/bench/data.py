@@ -204,7 +204,7 @@ class Blank(Recipe):
         super().__init__(views, xla=recipe.xla, channels=recipe.channels, cropped=True)
 
     def crop(self, image, numbers):
-        return {name: tf.zeros([view.size, view.size, image.shape[-1]], view.dtype) for name, view in self.views.items()}
+        return {name: tf.zeros([view.size, image.shape[-1], view.size], tf.uint8) for name, view in self.views.items()}
 
 
 # ---------------------------------------------------------------------------------------------- data

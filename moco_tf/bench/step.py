@@ -235,6 +235,8 @@ def format_result(value, result):
                      f"{theirs['cpu_ms']:.0f} ms, memory {theirs['step_peak_mib']:.0f} MiB; {theirs['times_ours']:.2f} "
                      f"times our time, {theirs['cpu_times_ours']:.2f} times our CPU time (medians of the rounds' "
                      "ratios)")
+        if theirs["outside_products"] is not None:
+            lines.append(f"PyTorch outside of convolutions and matrix products: {theirs['outside_products']:.1%}")
     return "\n".join(lines)
 
 

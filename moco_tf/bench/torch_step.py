@@ -5,12 +5,14 @@ reference's, so that what `moco-tf convert` writes in the layout "official" load
 """
 
 import copy
+import re
 
 import torch
 from torch.nn import functional
 
 from moco_tf.bench.timing import peak_mib, timed
 
+PRODUCT = re.compile(r"conv|mm$")    # in the names of operations
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
@@ -108,6 +110,14 @@ class MoCo(torch.nn.Module):
         self.queue_ptr[0] = (self.queue_ptr[0] + len(keys)) % self.queue.shape[1]
 
 
+def outside_products(function):
+    """Of the time of all operations that a function runs on the CPU, the share outside convolutions and matrix products."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    seconds = {event.key: event.self_cpu_time_total for event in profile.key_averages() if event.key.startswith("aten::")}
+    return 1 - sum(own for name, own in seconds.items() if PRODUCT.search(name)) / sum(seconds.values())
+
+
 def training_step(settings, steps):
     """A case of `in_turns`: a turn is so many steps on made-up images, already normalised.
 
@@ -135,6 +145,7 @@ def training_step(settings, steps):
     take(1)
     steps = steps or max(1, round(3 / timed(lambda: take(1), units=1).wall_s))
     peak = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else peak_mib()
-    yield {"version": torch.__version__, "first_call_s": first, "steps": steps, "step_peak_mib": peak}
+    yield {"version": torch.__version__, "first_call_s": first, "steps": steps, "step_peak_mib": peak,
+           "outside_products": outside_products(lambda: take(steps)) if device.type == "cpu" else None}
     while True:
         yield timed(lambda: take(steps), units=steps)

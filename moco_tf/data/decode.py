@@ -33,7 +33,7 @@ def decode_image(encoded, channels=3):
 
 
 def decode_usual(encoded, channels=3):
-    """As `decode_image`, but of JPEG and PNG alone, and in a single operation."""
+    """As `decode_image`, in a single operation, of JPEG and PNG; it raises for BMP and animated GIF."""
     if channels != 3:
         return tf.ensure_shape(tf.io.decode_png(encoded), (None, None, channels))
     # libjpeg's exact integer transform, the one Pillow uses: TensorFlow's default is the fast, less exact one.

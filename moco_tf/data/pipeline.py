@@ -21,7 +21,7 @@ FOREVER = tf.int64.max
 CLOCK_SLOTS = 1024
 # Nothing here is for AutoGraph, which takes two thirds of the time of tracing.
 as_written = tf.autograph.experimental.do_not_convert
-AT_ONCE = 32       # images that one call of XLA draws or finishes, at most: calls cost little then, and memory as well
+AT_ONCE = 32       # images that one call of XLA draws or finishes, at most; a divisor of the batch, and 1 is a third slower
 SMALL = 64 * 64    # pixels of a source's images up to which a batch of them is augmented in one call
 
 
@@ -243,17 +243,17 @@ def _viewed(source, recipe, examples, batch_size, parallel, mixture=None):
 
     def cropped(example, numbers):
         readable, image = decode(example)
-        return readable, facts_of(example), {**recipe.crop(image, numbers), **numbers}
+        return readable, {**facts_of(example), **recipe.crop(image, numbers), **numbers}
 
     some = next(count for count in range(AT_ONCE, 0, -1) if batch_size % count == 0)
-    drawn = examples.batch(some).map(lambda example, seeds: (example, recipe.draw(seeds)), parallel).unbatch()
-    crops = drawn.map(cropped, parallel)
+    together = examples.batch(some, drop_remainder=True)
+    crops = together.map(lambda example, seeds: (example, recipe.draw(seeds)), parallel).unbatch().map(cropped, parallel)
     if recipe.cropped:
-        return crops.map(lambda readable, facts, crops: (readable, {**facts, **crops})).batch(batch_size, drop_remainder=True)
-    finished = crops.batch(some, drop_remainder=True).map(
-        lambda readable, facts, crops: (readable, {**facts, **recipe.finish(crops)}), parallel)
-    return finished.batch(batch_size // some, drop_remainder=True).map(
-        lambda *batch: tf.nest.map_structure(lambda part: tf.reshape(part, [batch_size, *part.shape[2:]]), batch))
+        return crops.batch(batch_size, drop_remainder=True)
+    parts = crops.batch(some, drop_remainder=True).map(
+        lambda readable, part: (readable, recipe.finish(part)), parallel).batch(batch_size // some, drop_remainder=True)
+    return parts.map(lambda *batch: tf.nest.map_structure(
+        lambda part: tf.reshape(part, [batch_size, *part.shape[2:]]), batch))
 
 
 def _small(source):
@@ -410,7 +410,7 @@ def _guarded(source):
     """example -> (whether it can be read, the image, or a black one): tf.data's errors, without losing count.
 
     A data set is made for each image, which takes as long as its functions are large. So only the decoding is inside, and
-    what decodes any format is set up for those images alone that are neither JPEG nor PNG.
+    what decodes any format is set up for those images alone that one operation cannot read; it reads the file again.
     """
     if not source.can_fail:
         return lambda example: (True, source.decode(example)["image"])

@@ -59,7 +59,7 @@ class Source:
         return decode_image(self.encoded(example), self.channels)
 
     def usual_image(self, example):
-        """As `image`, in as few operations as there can be; raises for other images than JPEG and PNG as well."""
+        """As `image`, in one operation, which may raise for other images than JPEG and PNG as well."""
         return decode_usual(self.encoded(example), self.channels)
 
     def index_of(self, example):

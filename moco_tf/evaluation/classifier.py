@@ -259,7 +259,7 @@ def train_classifier(config, workdir, strategy=None, reason=""):
     """
     strategy = strategy or tf.distribute.get_strategy()
     set_precision(config.precision)
-    _check_mixing(config, strategy.num_replicas_in_sync)
+    _require_trainable(config, strategy.num_replicas_in_sync)
     train, held_out = labelled_splits(config)
     with strategy.scope():
         encoder = open_encoder(config.encoder, config.side, config.views.size, config.precision, config.bn_group_size,
@@ -307,7 +307,10 @@ def train_classifier(config, workdir, strategy=None, reason=""):
     return results
 
 
-def _check_mixing(config, replicas):
+def _require_trainable(config, replicas):
+    """Raises UsageError for what a classifier cannot be trained with."""
+    if config.data.device_views:
+        raise UsageError("data.device_views is for pre-training; a classifier takes whole views. Received: True. Leave it out.")
     mixed = [name for name in ("mixup", "cutmix") if config.method.get(name, 0)]
     if mixed and config.batch_size // replicas % 2:
         raise UsageError(f"{' and '.join(mixed)} mix a replica's images with the same in reverse order, so their number must be "

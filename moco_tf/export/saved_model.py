@@ -22,7 +22,7 @@ from moco_tf.losses import at_least_float32
 from moco_tf.normalization import BatchNorm
 from moco_tf.train import build_encoder, open_data, set_precision, versions, view_recipe
 from moco_tf.views import colour
-from moco_tf.views.recipes import RECIPES
+from moco_tf.views.recipes import RECIPES, numbers_of
 
 keras = tf.keras
 
@@ -200,12 +200,13 @@ def _images_are_small(config, size):
 def _read_images(encoded, size, whole_up_to):
     """(B,) strings, contents of image files -> (B, size, size, 3) float32 in [0, 1], as evaluation sees them."""
     resized, whole = _evaluation(size), _evaluation(size, shorter_side=size)
-    seed = tf.zeros([2], tf.int32)    # nothing is drawn
+    numbers = {numbers_of("image"): tf.zeros([1])}      # of a crop that is always the same
 
     def read(content):
         image = decode_image(content)
         small = tf.reduce_max(tf.shape(image)) <= whole_up_to
-        return tf.cond(small, lambda: whole.apply(image, seed), lambda: resized.apply(image, seed))["image"]
+        columns = tf.cond(small, lambda: whole.crop(image, numbers), lambda: resized.crop(image, numbers))["image"]
+        return tf.transpose(columns, [2, 0, 1])
 
     images = tf.map_fn(read, encoded, fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8))
     return tf.cast(images, tf.float32) / 255.0

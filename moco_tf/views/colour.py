@@ -37,7 +37,7 @@ def _product(matrix, red, green, blue):
 def _inverse_root(value, degree):
     """value ** (-1 / degree), value > 0, to the last bits. The bits of a floating point number nearly are its logarithm;
     a part of that, in whole numbers, is a guess within four per cent, and each of Newton's steps squares the error."""
-    whole, half, mantissa, steps = (tf.int32, 16, 23, 3) if value.dtype == tf.float32 else (tf.int64, 32, 52, 5)
+    whole, half, mantissa, steps = (tf.int32, 16, 23, 3) if value.dtype == tf.float32 else (tf.int64, 32, 52, 4)
     one = int(np.array(1.0, value.dtype.as_numpy_dtype).view(whole.as_numpy_dtype))
     middle = int(0.063 * 2 ** mantissa)     # of the guess's errors, which are all of one sign
     part = tf.bitwise.right_shift(tf.bitcast(value, whole), half) * (2 ** half // degree)

@@ -253,7 +253,8 @@ def resample(image, frames, size, interpolation="bilinear"):
 
     def product(axis, each=1):
         """F filters along an axis, `each` numbers to a pixel: of lines (length * each, n), or of (n, length * each)."""
-        of_each = places[:, axis, :, None] * each + tf.range(each, dtype=tf.int64)[:, None, None]    # (F, size, each, taps, 2)
+        number = tf.range(each, dtype=tf.int64)[:, None, None]
+        of_each = places[:, axis, :, None] * each + number    # (F, size, each, taps, 2)
         values = tf.broadcast_to(weights[:, axis, :, None], tf.shape(of_each)[:-1])
         lengths = length[:, axis]
         shapes = tf.stack([tf.fill(tf.shape(lengths), tf.constant(size, tf.int64)), lengths], 1) * each

@@ -6,6 +6,8 @@
 All randomness is a function of the seed.
 """
 
+import functools
+
 import tensorflow as tf
 
 from moco_tf.errors import UsageError
@@ -53,23 +55,23 @@ class View:
 
     def finish(self, columns, numbers):
         """Does the stages of one view: (size, C, size) uint8 columns of its crop, (n,) -> (size, size, C) of `dtype`."""
-        return self._finish(tf.transpose(columns, [1, 2, 0]), numbers, lambda stage: stage)
+        return self._to_image(self._changed(tf.transpose(columns, [1, 2, 0]), numbers, lambda stage: stage))
 
     def finish_batch(self, columns, numbers):
-        """As `finish`, of a batch: (B, size, C, size), (B, n) -> (B, size, size, C), equal to the level."""
-        return self._finish(tf.transpose(columns, [2, 0, 3, 1]), numbers, lambda stage: stage.of_batch)
+        """As `finish`, of a batch: (B, size, C, size), (B, n) -> (B, size, size, C) uint8, equal to the level."""
+        return ops.to_image(self._changed(tf.transpose(columns, [2, 0, 3, 1]), numbers, lambda stage: stage.of_batch))
 
     def crop_small(self, image, numbers):
-        """(H, W, C) uint8 of static shape -> the crop's (size, C, size) uint8 columns, in operations that XLA can compile."""
+        """(H, W, C) uint8 of static shape -> the crop's (size, C, size) uint8 columns; XLA can compile it."""
         frame = self.crop.frame(tf.constant(list(image.shape[:2])), numbers[:self.crop.count])
-        planes = ops.nearest(ops.resample_planes(image, frame, self.size, self.interpolation))
-        return tf.cast(tf.transpose(planes, [2, 0, 1]), tf.uint8)
+        planes = ops.resample_planes(image, frame, self.size, self.interpolation)
+        return tf.transpose(ops.to_levels(planes, self.interpolation), [2, 0, 1])
 
-    def _finish(self, planes, numbers, function_of):
+    def _changed(self, planes, numbers, function_of):
         _, *each = tf.split(numbers, self.counts, axis=-1)
         for stage, own in zip(self.stages, each):
             planes = function_of(stage)(planes, own)
-        return self._to_image(planes)
+        return planes
 
 
 class Recipe:
@@ -100,11 +102,10 @@ class Recipe:
                              "RandAugment. Leave data.device_views out.")
         self.views, self.mean, self.std, self.xla = dict(views), mean, std, xla
         self.space, self.channels, self.cropped = space, channels, cropped
-        for name in ("draw", "finish", "finish_batch", "apply_batch"):
-            written = getattr(self, f"_{name}")
-            compiled = tf.function(written, autograph=False, jit_compile=xla)
-            compiled.__doc__ = written.__doc__
-            setattr(self, name, compiled)
+        compiled = functools.partial(tf.function, autograph=False, jit_compile=xla)
+        self.draw, self.apply_batch = compiled(self._draw), compiled(self._apply_batch)
+        self.draw.__doc__, self.apply_batch.__doc__ = self._draw.__doc__, self._apply_batch.__doc__
+        self._finish, self._finish_batch = compiled(self._finish_crops), compiled(self._finish_crops_batch)
 
     def apply(self, image, seed):
         """(H, W, C) uint8, (2,) int32 -> {name: (S, S, C) of the views' dtype}; each view draws for itself.
@@ -131,6 +132,19 @@ class Recipe:
             resized = ops.resample(image, frames, self.views[names[0]].size, interpolation)
             crops.update(zip(names, (ops.to_levels(columns, interpolation) for columns in resized)))
         return {name: crops[name] for name in self.views}
+
+    def finish(self, batch):
+        """{name: (n, S, C, S) uint8, numbers_of(name): (n, k)} -> {name: (n, S, S, C)}, image by image: on the host.
+
+        Other entries of the batch pass.
+        """
+        crops, others = self._apart(batch)
+        return {**others, **self._finish(crops)}
+
+    def finish_batch(self, batch):
+        """As `finish`, in operations on whole batches, and to levels: on a device."""
+        crops, others = self._apart(batch)
+        return {**others, **self._finish_batch(crops)}
 
     def mixture_seed(self, seed):
         """The seed of a mixture, from an image's: the next after those of the views."""
@@ -183,8 +197,7 @@ class Recipe:
         seeds = tf.unstack(ops.split(seed, len(self.views)))
         return {numbers_of(name): view.draw(own) for (name, view), own in zip(self.views.items(), seeds)}
 
-    def _finish(self, crops):
-        """{name: (n, S, C, S) uint8, numbers_of(name): (n, k)} -> {name: (n, S, S, C)}, image by image: on the host."""
+    def _finish_crops(self, crops):
         return tf.map_fn(self._finish_one, crops, fn_output_signature={
             name: tf.TensorSpec([view.size, view.size, crops[name].shape[2]], view.dtype)
             for name, view in self.views.items()})
@@ -192,11 +205,13 @@ class Recipe:
     def _finish_one(self, crops):
         return {name: view.finish(crops[name], crops[numbers_of(name)]) for name, view in self.views.items()}
 
-    def _finish_batch(self, batch):
-        """As `finish`, in operations on whole batches: on a device. Other entries of the batch pass."""
-        rest = {name: value for name, value in batch.items() if name not in map(numbers_of, self.views)}
-        return {**rest, **{name: view.finish_batch(batch[name], batch[numbers_of(name)])
-                           for name, view in self.views.items()}}
+    def _finish_crops_batch(self, crops):
+        return {name: view.finish_batch(crops[name], crops[numbers_of(name)]) for name, view in self.views.items()}
+
+    def _apart(self, batch):
+        """The crops and numbers of a batch, and its other entries."""
+        crops = {key: batch[key] for name in self.views for key in (name, numbers_of(name))}
+        return crops, {key: value for key, value in batch.items() if key not in crops}
 
     def _apply_batch(self, images, seeds):
         """(n, H, W, C) uint8 of static shape, (n, 2) int32 -> {name: (n, S, S, C)}, as `apply` of each.

@@ -213,7 +213,7 @@ def running_mean(values, window):
 # ---------------------------------------------------------------------------------------------- times
 
 def step_times(parts, wholes, title, unit):
-    """Times of a training step's parts: against the values of a sweep where these are numbers, else in bars.
+    """Times of a training step's parts: against the values of a sweep where these are numbers above 0, else in bars.
 
     Args:
         parts: {value of the sweep: {name of a part: time}}, the same names for all.
@@ -229,6 +229,8 @@ def step_times(parts, wholes, title, unit):
     try:
         values = [float(value) for value in parts]
     except ValueError:
+        values = []
+    if values and min(values) <= 0:      # which logarithmic axes cannot show
         values = []
     with matplotlib.rc_context(STYLE):
         tall = 3.8 if len(values) > 1 else 1.7 + 0.45 * len(parts)

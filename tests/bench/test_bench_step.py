@@ -163,4 +163,5 @@ def test_the_command_reports_a_sweep_beside_pytorch(tmp_path):
     fewer, more = (report["results"][size] for size in ("64", "128"))
     # A key more costs a product with each query, and another for the gradient.
     assert more["operations"] - fewer["operations"] == 2 * 2 * 4 * 64 * 128
+    assert 0 < fewer["torch"]["outside_products"] < 1
     assert fewer["torch"]["times_ours"] > 0 and (tmp_path / "step.png").stat().st_size > 1000

@@ -153,13 +153,33 @@ def test_evaluation_marks_what_fills_up_the_last_batch_and_what_cannot_be_read(f
     shutil.copytree(folder, broken)
     (broken / "1/39.jpg").write_bytes(b"")
     source = open_source("folder", path=str(broken))
-    parts = list(evaluation_batches(source, RECIPES["eval"](size=12), 32).as_numpy_iterator())
+    evaluated = evaluation_batches(source, RECIPES["eval"](size=12), 32)
+    parts = list(evaluated.as_numpy_iterator())
+    assert len(evaluated) == len(parts)
     real = np.concatenate([part[3] for part in parts])
     index = np.concatenate([part[2] for part in parts])[real]
     label = np.concatenate([part[1] for part in parts])[real]
     assert [len(part[1]) for part in parts] == [32, 32, 32]
     np.testing.assert_array_equal(index, np.arange(79))
     np.testing.assert_array_equal(label, np.arange(79) // 40)
+
+
+def test_images_that_take_more_than_one_operation_to_read_are_read(tmp_path):
+    """Of BMP and of GIF with several pictures, beside a PNG with a palette."""
+    rng, frames = np.random.default_rng(0), []
+    for _ in range(4):
+        frames.append(Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)))
+    frames[0].save(tmp_path / "a.bmp")
+    frames[1].quantize(16).save(tmp_path / "b.gif", save_all=True, append_images=[frames[2].quantize(16)])
+    frames[3].quantize(8).save(tmp_path / "c.png")
+    source, views = open_source("folder", path=str(tmp_path)), RECIPES["eval"](size=12)
+    (drawn, _, index, real), = evaluation_batches(source, views, 3).as_numpy_iterator()
+    assert real.all() and index.tolist() == [0, 1, 2]
+    decoded = [source.decode(example)["image"] for example in source.examples()]
+    np.testing.assert_array_equal(decoded[0], np.asarray(frames[0]))
+    np.testing.assert_array_equal(decoded[2], np.asarray(frames[3].quantize(8).convert("RGB")))
+    for row, image in zip(drawn["image"], decoded):
+        np.testing.assert_array_equal(row, views.apply(image, tf.constant([0, 0]))["image"])
 
 
 def labelled(source, per_epoch, count, **options):

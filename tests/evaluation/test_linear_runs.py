@@ -152,6 +152,7 @@ def test_bad_input_is_refused_in_one_line(encoder, tmp_path):
     assert "--layers belongs to recipes" in fails(2, f"--encoder={encoder}", "--layers=3")
     assert "even" in fails(2, f"--encoder={encoder}", "--config=finetune_vit_base", "--config.batch_size=63",
                            command="finetune")
+    assert "Leave it out" in fails(2, f"--encoder={encoder}", "--config.data.device_views=True")
     assert "matches none" in fails(2, "--encoder=random:moco_v3_vit_tiny_quickstart", "--config=finetune_vit_base",
                                    '--config.optimizer.exclude=("gama",)', command="finetune")
 

@@ -489,10 +489,6 @@ class Stage:
         self.name, self.probability, self.count = name, probability, 1 + count
         self._change, self._change_batch = change, change_batch or change
 
-    def draw(self, seed):
-        """Its (count,) numbers, from a seed (2,)."""
-        return uniform(seed, [self.count])
-
     def __call__(self, planes, numbers):
         def changed():
             return tf.cast(self._change(tf.cast(planes, tf.float32), numbers[1:]), planes.dtype)

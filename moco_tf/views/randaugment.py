@@ -171,11 +171,6 @@ class RandAugment:
         self._magnitude, self._deviation = magnitude, deviation
         self.count = 5 * operations_each
 
-    def draw(self, seed):
-        """Its (count,) numbers, from a seed (2,)."""
-        draws, magnitudes = tf.unstack(ops.split(seed, 2))
-        return tf.concat([ops.uniform(draws, [3 * self._each]), ops.uniform(magnitudes, [2 * self._each])], 0)
-
     def __call__(self, planes, numbers):
         which, skipped, side, *normal = tf.unstack(tf.reshape(numbers, [5, self._each]))
         levels = tf.clip_by_value(self._magnitude + self._deviation * ops.normal_of(*normal), 0.0, 10.0) / 10.0

@@ -49,13 +49,19 @@ class View:
 
     def draw(self, seed):
         """All numbers of a view, (n,) float32, from its seed (2,)."""
-        crop_seed, *seeds = tf.unstack(ops.split(seed, 1 + len(self.stages)))
-        return tf.concat([ops.uniform(crop_seed, [self.crop.count]),
-                          *(stage.draw(stage_seed) for stage, stage_seed in zip(self.stages, seeds))], axis=0)
+        # In a loop, and so many for each: XLA takes .1 s for every generator that it compiles.
+        drawn = tf.map_fn(lambda own: ops.uniform(own, [max(self.counts)]), ops.split(seed, len(self.counts)),
+                          fn_output_signature=tf.float32)
+        return tf.concat([numbers[:count] for numbers, count in zip(tf.unstack(drawn), self.counts)], axis=0)
 
     def finish(self, columns, numbers):
         """Does the stages of one view: (size, C, size) uint8 columns of its crop, (n,) -> (size, size, C) of `dtype`."""
         return self._to_image(self._changed(tf.transpose(columns, [1, 2, 0]), numbers, lambda stage: stage))
+
+    def finish_rows(self, columns, numbers):
+        """As `finish`, of rows one by one: (n, size, C, size), (n, k) -> (n, size, size, C)."""
+        return tf.map_fn(lambda row: self.finish(*row), (columns, numbers), fn_output_signature=tf.TensorSpec(
+            [self.size, self.size, columns.shape[2]], self.dtype))
 
     def finish_batch(self, columns, numbers):
         """As `finish`, of a batch: (B, size, C, size), (B, n) -> (B, size, size, C) uint8, equal to the level."""
@@ -105,7 +111,8 @@ class Recipe:
         compiled = functools.partial(tf.function, autograph=False, jit_compile=xla)
         self.draw, self.apply_batch = compiled(self._draw), compiled(self._apply_batch)
         self.draw.__doc__, self.apply_batch.__doc__ = self._draw.__doc__, self._apply_batch.__doc__
-        self._finish, self._finish_batch = compiled(self._finish_crops), compiled(self._finish_crops_batch)
+        self._finish = {view: compiled(view.finish_rows) for view in self._alike()}
+        self._finish_batch = {view: compiled(view.finish_batch) for view in self._alike()}
 
     def apply(self, image, seed):
         """(H, W, C) uint8, (2,) int32 -> {name: (S, S, C) of the views' dtype}; each view draws for itself.
@@ -138,13 +145,11 @@ class Recipe:
 
         Other entries of the batch pass.
         """
-        crops, others = self._apart(batch)
-        return {**others, **self._finish(crops)}
+        return self._finished(batch, self._finish)
 
     def finish_batch(self, batch):
         """As `finish`, in operations on whole batches, and to levels: on a device."""
-        crops, others = self._apart(batch)
-        return {**others, **self._finish_batch(crops)}
+        return self._finished(batch, self._finish_batch)
 
     def mixture_seed(self, seed):
         """The seed of a mixture, from an image's: the next after those of the views."""
@@ -188,30 +193,28 @@ class Recipe:
     def _with(self, views, cropped=False):
         return Recipe(views, self.mean, self.std, self.xla, self.space, self.channels, cropped)
 
+    def _alike(self):
+        """{view: the names that are drawn by it}: what is compiled for one name serves the others."""
+        alike = {}
+        for name, view in self.views.items():
+            alike.setdefault(view, []).append(name)
+        return alike
+
     def _draw(self, seeds):
         """(n, 2) int32, of n images -> {numbers_of(name): (n, k)} that their views take."""
-        return tf.map_fn(self._draw_one, seeds, fn_output_signature={
-            numbers_of(name): tf.TensorSpec([sum(view.counts)]) for name, view in self.views.items()})
+        own = tf.map_fn(lambda seed: ops.split(seed, len(self.views)), seeds)
+        seeds_of = dict(zip(self.views, tf.unstack(own, axis=1)))
+        drawn = {}
+        for view, names in self._alike().items():
+            numbers = tf.map_fn(view.draw, tf.concat([seeds_of[name] for name in names], 0),
+                                fn_output_signature=tf.TensorSpec([sum(view.counts)]))
+            drawn.update(zip(map(numbers_of, names), tf.split(numbers, len(names))))
+        return drawn
 
-    def _draw_one(self, seed):
-        seeds = tf.unstack(ops.split(seed, len(self.views)))
-        return {numbers_of(name): view.draw(own) for (name, view), own in zip(self.views.items(), seeds)}
-
-    def _finish_crops(self, crops):
-        return tf.map_fn(self._finish_one, crops, fn_output_signature={
-            name: tf.TensorSpec([view.size, view.size, crops[name].shape[2]], view.dtype)
-            for name, view in self.views.items()})
-
-    def _finish_one(self, crops):
-        return {name: view.finish(crops[name], crops[numbers_of(name)]) for name, view in self.views.items()}
-
-    def _finish_crops_batch(self, crops):
-        return {name: view.finish_batch(crops[name], crops[numbers_of(name)]) for name, view in self.views.items()}
-
-    def _apart(self, batch):
-        """The crops and numbers of a batch, and its other entries."""
-        crops = {key: batch[key] for name in self.views for key in (name, numbers_of(name))}
-        return crops, {key: value for key, value in batch.items() if key not in crops}
+    def _finished(self, batch, by):
+        ours = {key for name in self.views for key in (name, numbers_of(name))}
+        return {**{key: value for key, value in batch.items() if key not in ours},
+                **{name: by[view](batch[name], batch[numbers_of(name)]) for name, view in self.views.items()}}
 
     def _apply_batch(self, images, seeds):
         """(n, H, W, C) uint8 of static shape, (n, 2) int32 -> {name: (n, S, S, C)}, as `apply` of each.
@@ -219,17 +222,18 @@ class Recipe:
         One call for all: with small images the calls would otherwise take longer than the work.
         """
         def one(example):
-            image, seed = example
-            numbers = self._draw_one(seed)
+            image, numbers = example
             crops = {name: view.crop_small(image, numbers[numbers_of(name)]) for name, view in self.views.items()}
-            return {**crops, **numbers} if self.cropped else self._finish_one({**crops, **numbers})
+            if self.cropped:
+                return {**crops, **numbers}
+            return {name: view.finish(crops[name], numbers[numbers_of(name)]) for name, view in self.views.items()}
 
         channels = images.shape[-1]
         signature = {name: tf.TensorSpec([view.size, channels, view.size], tf.uint8) if self.cropped else
                      tf.TensorSpec([view.size, view.size, channels], view.dtype) for name, view in self.views.items()}
         if self.cropped:
             signature.update({numbers_of(name): tf.TensorSpec([sum(view.counts)]) for name, view in self.views.items()})
-        return tf.map_fn(one, (images, seeds), fn_output_signature=signature)
+        return tf.map_fn(one, (images, self._draw(seeds)), fn_output_signature=signature)
 
 
 def numbers_of(name):

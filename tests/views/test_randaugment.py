@@ -78,7 +78,7 @@ def drawn(monkeypatch, operations, start, seeds, **settings):
     stage = randaugment.RandAugment(**{**dict(operations_each=2, probability=0.5, magnitude=9.0, deviation=0.5, fill=FILL),
                                        **settings})
     seeds = tf.stack([tf.range(seeds), tf.ones([seeds], tf.int32)], 1)
-    return tf.function(lambda: tf.map_fn(lambda seed: stage(tf.constant(start), stage.draw(seed)), seeds,
+    return tf.function(lambda: tf.map_fn(lambda seed: stage(tf.constant(start), ops.uniform(seed, [stage.count])), seeds,
                                          fn_output_signature=tf.float32), jit_compile=True)().numpy()
 
 

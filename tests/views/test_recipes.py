@@ -93,6 +93,17 @@ def test_probabilities(name, grey, jittered, flipped):
     assert abs(np.mean(ramp[:, 4, 7, 0] < ramp[:, 4, 0, 0]) - flipped) < 0.07
 
 
+@pytest.mark.parametrize("name, xla", [("moco_v2", True), ("moco_v3", True), ("moco_v3", False), ("insdis", True)])
+def test_each_stage_draws_from_a_seed_of_its_own(name, xla):
+    recipe, count = RECIPES[name](size=16, xla=xla), 3
+    drawn = recipe.draw(seeds(count))
+    assert list(drawn) == [f"{view}_numbers" for view in recipe.views]
+    for i, seed in enumerate(seeds(count)):
+        for (key, numbers), view, own in zip(drawn.items(), recipe.views.values(), ops.split(seed, len(recipe.views))):
+            each = zip(ops.split(own, len(view.counts)), view.counts)
+            np.testing.assert_array_equal(numbers[i], tf.concat([ops.uniform(one, [n]) for one, n in each], 0), key)
+
+
 @pytest.mark.parametrize("name", ["moco_v3", "deit"])
 def test_same_seed_same_pixels_in_any_parallelism(name):
     recipe = RECIPES[name](size=32)

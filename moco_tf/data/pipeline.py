@@ -251,8 +251,10 @@ def _viewed(source, recipe, examples, batch_size, parallel, mixture=None):
     if recipe.cropped:
         return crops.batch(batch_size, drop_remainder=True)
     parts = crops.batch(some, drop_remainder=True).map(
-        lambda readable, part: (readable, recipe.finish(part)), parallel).batch(batch_size // some, drop_remainder=True)
-    return parts.map(lambda *batch: tf.nest.map_structure(
+        lambda readable, part: (readable, recipe.finish(part)), parallel)
+    if some == batch_size:
+        return parts
+    return parts.batch(batch_size // some, drop_remainder=True).map(lambda *batch: tf.nest.map_structure(
         lambda part: tf.reshape(part, [batch_size, *part.shape[2:]]), batch))
 
 

@@ -23,7 +23,7 @@ from moco_tf.train import image_mixture, input_recipe, normalized_in_input, open
 from moco_tf.views import ops
 from moco_tf.views.recipes import Recipe, View
 
-BATCH = 32          # images; an image costs the same in a run's larger batches
+BATCH = 32          # images; larger batches are copied once more, as the pipeline joins them of parts
 AHEAD = 8 + 2 * (os.cpu_count() or 1)    # batches ready when a round begins, at most: tf.data keeps some for each core
 USABLE = 0.7        # of a host's cores: the runtime, the network and the system have the rest
 OURS, READ, DECODE, BATCHED, CROP = "moco_tf", "read", "decode alone", "batches of nothing", "decode, crop, resize"

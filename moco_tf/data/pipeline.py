@@ -15,6 +15,7 @@ import tensorflow as tf
 from moco_tf.data.sources import INTERLEAVED_SHARDS, SHUFFLE_BUFFER, Records, epoch_key
 from moco_tf.errors import DataError, UsageError
 from moco_tf.shuffling import key_permutation, positions
+from moco_tf.views import ops
 from moco_tf.views.recipes import numbers_of
 
 FOREVER = tf.int64.max
@@ -263,15 +264,20 @@ def _small(source):
     return bool(source.image_shape) and source.image_shape[0] * source.image_shape[1] <= SMALL
 
 
+def _any_example(source, seed):
+    """An example drawn from all of a source with random access, and the seed of its views."""
+    index_seed, view_seed = tf.unstack(ops.split(seed, 2))
+    return {"index": tf.random.stateless_uniform([], index_seed, 0, source.size, tf.int64, alg="philox")}, view_seed
+
+
 def _drawn_from(source, recipe, own):
     """A partner for a mixture, seed -> the views of an image drawn from all of a source with random access; `own`, those
     of the image itself, where it cannot be read."""
     decode = _guarded(source)
 
     def partner(seed):
-        index_seed, view_seed = tf.unstack(tf.random.split(seed, 2, alg="philox"))
-        index = tf.random.stateless_uniform([], index_seed, 0, source.size, tf.int64, alg="philox")
-        readable, image = decode({"index": index})
+        example, view_seed = _any_example(source, seed)
+        readable, image = decode(example)
         drawn = recipe.apply(image, view_seed)
         return {name: tf.where(readable, drawn[name], own[name]) for name in own}
 
@@ -326,9 +332,8 @@ def _partners(source, recipe, seeds, views):
     size = next(iter(views.values())).shape[0]
 
     def load(seed):
-        index_seed, view_seed = tf.unstack(tf.random.split(seed, 2, alg="philox"))
-        index = tf.random.stateless_uniform([], index_seed, 0, source.size, tf.int64, alg="philox")
-        return source.decode({"index": index})["image"], view_seed
+        example, view_seed = _any_example(source, seed)
+        return source.decode(example)["image"], view_seed
 
     loaded = tf.map_fn(load, seeds, fn_output_signature=(
         tf.TensorSpec(source.image_shape, tf.uint8), tf.TensorSpec([2], tf.int32)))

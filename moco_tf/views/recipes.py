@@ -111,8 +111,8 @@ class Recipe:
         compiled = functools.partial(tf.function, autograph=False, jit_compile=xla)
         self.draw, self.apply_batch = compiled(self._draw), compiled(self._apply_batch)
         self.draw.__doc__, self.apply_batch.__doc__ = self._draw.__doc__, self._apply_batch.__doc__
-        self._finish = {view: compiled(view.finish_rows) for view in self._alike()}
-        self._finish_batch = {view: compiled(view.finish_batch) for view in self._alike()}
+        self._finish = {view: compiled(view.finish_rows) for view in self._names_of_views()}
+        self._finish_batch = {view: compiled(view.finish_batch) for view in self._names_of_views()}
 
     def apply(self, image, seed):
         """(H, W, C) uint8, (2,) int32 -> {name: (S, S, C) of the views' dtype}; each view draws for itself.
@@ -193,19 +193,19 @@ class Recipe:
     def _with(self, views, cropped=False):
         return Recipe(views, self.mean, self.std, self.xla, self.space, self.channels, cropped)
 
-    def _alike(self):
+    def _names_of_views(self):
         """{view: the names that are drawn by it}: what is compiled for one name serves the others."""
-        alike = {}
+        names = {}
         for name, view in self.views.items():
-            alike.setdefault(view, []).append(name)
-        return alike
+            names.setdefault(view, []).append(name)
+        return names
 
     def _draw(self, seeds):
         """(n, 2) int32, of n images -> {numbers_of(name): (n, k)} that their views take."""
         own = tf.map_fn(lambda seed: ops.split(seed, len(self.views)), seeds)
         seeds_of = dict(zip(self.views, tf.unstack(own, axis=1)))
         drawn = {}
-        for view, names in self._alike().items():
+        for view, names in self._names_of_views().items():
             numbers = tf.map_fn(view.draw, tf.concat([seeds_of[name] for name in names], 0),
                                 fn_output_signature=tf.TensorSpec([sum(view.counts)]))
             drawn.update(zip(map(numbers_of, names), tf.split(numbers, len(names))))
